@@ -1,0 +1,49 @@
+//! The viewleader: who is there, who holds what, and who has which lock.
+#![allow(missing_docs, reason = "a program's flags document themselves")]
+
+use clap::Parser;
+use ringleader::net::daemon::{self, End};
+use ringleader::net::listen::{self, MAX_CONNECTIONS};
+use ringleader::net::serve_view::ViewShell;
+use ringleader::wire::HostPort;
+use ringleader::wire::address::PortRange;
+use std::process::ExitCode;
+
+/// The viewleader of a cluster: it keeps the servers' leases, decides which
+/// servers hold which keys, and hands out locks.
+///
+/// It listens on the first free port of 39000 to 39009, on all addresses,
+/// unless told otherwise, and prints `listening on IP:PORT` once it serves.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Flags {
+    /// Where to listen: IP or IP:PORT (port 0: any free one)
+    #[arg(long, value_name = "IP[:PORT]", default_value = "0.0.0.0")]
+    listen: HostPort,
+
+    /// How many connections are served at once
+    #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS)]
+    max_connections: usize,
+
+    /// What to log: error, warn, info, debug, trace [default: RUST_LOG, else info]
+    #[arg(long, value_name = "LEVEL")]
+    log: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    daemon::run("viewleader", || run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
+    daemon::log_to_stderr(flags.log.as_deref())?;
+    let end = End::prepare()?;
+    let listener = listen::bind(&flags.listen, PortRange::VIEWLEADER)?;
+    let address = listener.local_addr()?;
+    let shell = ViewShell::start()?;
+    let connections = listen::serve(listener, flags.max_connections, shell)?;
+    daemon::print_line(&format!("listening on {address}"));
+    end.wait();
+    connections.stop();
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! One server's part in one group.
+//!
+//! A replica is *primary* or *secondary* in one version of its group. It holds
+//! the list of *pending* entries: prepared and not known to be committed. At
+//! the primary they wait for acknowledgements; at a secondary for the news that
+//! they are committed, which comes as a *watermark* with the primary's next
+//! message ("every entry up to this version is committed").
+//!
+//! # A new version
+//! When the group changes, its primary asks every other replica to *follow* the
+//! new version. A replica that follows refuses all older messages, which is
+//! what stops a deposed primary. It answers with its own pending entries. A
+//! primary that was not primary before takes these in, prepares the union of
+//! all pending entries at every replica, and serves once they are committed: a
+//! write that was acknowledged is on every replica, so it is in that union or
+//! committed already, and one that was not may turn out either way. A primary
+//! that was primary before knows every pending entry and goes on serving; what
+//! it has pending is prepared anew under the new version.
+//!
+//! # A replica that is not ready
+//! It gets every prepare from the moment it enters, and fetches what was
+//! committed before that in pages from the primary, in the order of the ring.
+//! What it has fetched stays right under later versions, as long as it stays in
+//! the group: every write since then has needed its acknowledgement.
+
+use super::messages::InGroup;
+use super::ring::{Arc, Point};
+use super::server::OpId;
+use super::table::Cursor;
+use super::{Text, Version};
+use crate::machine::Time;
+use crate::view::Revision;
+use crate::wire::Identity;
+use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
+
+/// How many entries can be pending in one group; further writes wait.
+pub const MAX_PENDING: usize = 16 * 1024;
+
+/// Another replica of the group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fellow {
+    /// Who it is.
+    pub id: Identity,
+    /// Where it listens.
+    pub address: SocketAddrV4,
+}
+
+/// A set of fellows, by their index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fellows(u32);
+
+impl Fellows {
+    /// Every one of `count` fellows.
+    pub fn all(count: usize) -> Self {
+        assert!(count < 32, "a group of {count} replicas");
+        Self((1 << count) - 1)
+    }
+
+    /// Adds the one with this index.
+    pub fn add(&mut self, index: usize) {
+        self.0 |= 1 << index;
+    }
+
+    /// Takes the one with this index out.
+    pub fn remove(&mut self, index: usize) {
+        self.0 &= !(1 << index);
+    }
+
+    /// Whether the one with this index is in the set.
+    pub fn has(self, index: usize) -> bool {
+        self.0 & 1 << index != 0
+    }
+}
+
+/// An entry that is prepared here and not known to be committed. Its value is in
+/// the table.
+#[derive(Debug)]
+pub struct Pending {
+    /// Where its key stands.
+    pub point: Point,
+    /// Its key.
+    pub key: Text,
+    /// What it counts for against the limit on a message.
+    pub bytes: usize,
+    /// At the primary: the fellows that it has been sent to under this version,
+    /// less those where that has failed.
+    pub asked: Fellows,
+    /// At the primary: the fellows that have prepared it under this version.
+    pub acknowledged: Fellows,
+    /// The operation that waits for it.
+    pub op: Option<OpId>,
+}
+
+/// What a primary knows beside what every replica knows.
+#[derive(Debug, Default)]
+pub struct Primary {
+    /// It may answer reads, lease permitting, and take writes.
+    pub serving: bool,
+    /// The fellows that follow this version.
+    pub following: Fellows,
+    /// The fellows that have been asked to follow it, less those where that has
+    /// failed.
+    pub asked: Fellows,
+    /// How many entries it has made under this version.
+    pub made: u64,
+    /// Some pending entry may not have been sent to somebody who follows.
+    pub unsent: bool,
+    /// The watermark that was sent last, and when.
+    pub told: (Version, Time),
+}
+
+/// How far a replica is in fetching what was committed before it entered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// Everything up to here.
+    UpTo(Option<Cursor>),
+    /// All of it.
+    All,
+}
+
+/// One server's part in one group, in one version.
+#[derive(Debug)]
+pub struct Replica {
+    /// The arc of the group.
+    pub arc: Arc,
+    /// The version.
+    pub version: Revision,
+    /// The revision at which this server entered the group.
+    pub since: Revision,
+    /// The other replicas.
+    pub fellows: Vec<Fellow>,
+    /// What it knows as primary; `None` at a secondary.
+    pub primary: Option<Primary>,
+    /// The pending entries.
+    pub pending: BTreeMap<Version, Pending>,
+    /// The sum of the pending entries' bytes.
+    pub pending_bytes: usize,
+    /// What has been fetched.
+    pub fetched: Fetched,
+    /// A page has been asked for and has not come yet.
+    pub fetching: bool,
+    /// The view counts it as ready.
+    pub counted_ready: bool,
+    /// The view knows that this version is established.
+    pub counted_established: bool,
+}
+
+impl Replica {
+    /// How its messages are addressed.
+    pub fn in_group(&self) -> InGroup {
+        InGroup { start: self.arc.start, version: self.version }
+    }
+
+    /// Whether it is the primary and serves.
+    pub fn is_serving(&self) -> bool {
+        self.primary.as_ref().is_some_and(|primary| primary.serving)
+    }
+
+    /// Whether every fellow follows this version of the primary.
+    pub fn all_follow(&self) -> bool {
+        let all = Fellows::all(self.fellows.len());
+        self.primary.as_ref().is_some_and(|primary| primary.following == all)
+    }
+
+    /// Adds a pending entry, unless it is known.
+    pub fn push(&mut self, version: Version, pending: Pending) {
+        self.pending_bytes += pending.bytes;
+        if let Some(known) = self.pending.insert(version, pending) {
+            self.pending_bytes -= known.bytes;
+            if let Some(now) = self.pending.get_mut(&version) {
+                now.op = now.op.or(known.op);
+                (now.asked, now.acknowledged) = (known.asked, known.acknowledged);
+            }
+        }
+    }
+
+    /// Takes the pending entry `version` off the list.
+    pub fn take(&mut self, version: Version) -> Option<Pending> {
+        let pending = self.pending.remove(&version)?;
+        self.pending_bytes -= pending.bytes;
+        Some(pending)
+    }
+
+    /// At the primary: the version up to which everything is committed.
+    pub fn watermark(&self) -> Version {
+        let made = self.primary.as_ref().map_or(0, |primary| primary.made);
+        match self.pending.first_key_value() {
+            Some((first, _)) => Version { number: first.number - 1, ..*first },
+            None => Version { group: self.version, number: made },
+        }
+    }
+
+    /// At the primary: whether every fellow has acknowledged the pending entry
+    /// `version`.
+    pub fn is_acknowledged(&self, version: Version) -> bool {
+        let all = Fellows::all(self.fellows.len());
+        self.pending.get(&version).is_some_and(|pending| pending.acknowledged == all)
+    }
+
+    /// Splits off what stands in `arc`, a part of this replica's arc that has
+    /// become a group of its own.
+    pub fn part(&mut self, arc: Arc) -> Replica {
+        let outside = |pending: &Pending| !arc.contains(pending.point);
+        let all = std::mem::take(&mut self.pending);
+        let (stays, moves) = all.into_iter().partition(|(_, pending)| outside(pending));
+        self.pending = stays;
+        let mut part = Replica {
+            arc,
+            version: self.version,
+            since: self.since,
+            fellows: self.fellows.clone(),
+            primary: self.primary.as_ref().map(|primary| Primary {
+                serving: primary.serving,
+                ..Primary::default()
+            }),
+            pending: moves,
+            pending_bytes: 0,
+            fetched: self.fetched_in(arc),
+            fetching: false,
+            counted_ready: self.counted_ready,
+            counted_established: false,
+        };
+        for half in [self, &mut part] {
+            half.pending_bytes = half.pending.values().map(|pending| pending.bytes).sum();
+        }
+        part
+    }
+
+    /// How far the fetch is in `arc`, a part of this replica's arc.
+    fn fetched_in(&self, arc: Arc) -> Fetched {
+        let Fetched::UpTo(Some(cursor)) = &self.fetched else { return self.fetched.clone() };
+        if arc.contains(cursor.point) {
+            return self.fetched.clone();
+        }
+        let reached = cursor.point.distance_from(self.arc.start);
+        let begins = arc.start.distance_from(self.arc.start);
+        if reached < begins { Fetched::UpTo(None) } else { Fetched::All }
+    }
+}

@@ -1,0 +1,440 @@
+//! What clients ask, and what is passed on for them.
+
+use super::{
+    CallError, CallId, Effect, Effects, Following, MAX_OPS, OpId, Operation, PATIENCE, Purpose,
+    RETRY, Server, Stage, Style,
+};
+use crate::kv::marks::Ruling;
+use crate::kv::messages::{
+    Answer, Commit, Get, MAX_KEYS_PAGE, Op, Public, QueryAllKeys, Reply, Request, Set, Setr, Vote,
+};
+use crate::kv::ring::Point;
+use crate::kv::{MAX_BATCH_BYTES, Text, Version};
+use crate::machine::Time;
+use crate::wire::Refusal;
+use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
+use std::ops::Bound;
+use std::time::Duration;
+
+/// How long a server remembers that it gave its vote to an original client, so
+/// that a late commit is not taken for a write of its own.
+const VOTE_MEMORY: Duration = Duration::from_secs(60);
+
+/// How many such votes it remembers.
+const MAX_VOTES: usize = 100_000;
+
+/// What trying an operation here and now leads to.
+enum Attempt {
+    /// This is the answer.
+    Answer(Answer),
+    /// It is a write, and it has begun.
+    Writing,
+    /// This server can't carry it out, at least not now.
+    NotHere,
+}
+
+impl<T> Server<T> {
+    /// Answers a client, or begins what it asks.
+    pub(super) fn public(&mut self, now: Time, from: T, request: Public, out: &mut Effects<T>) {
+        let status = |status| Reply::Status { status, version: None };
+        let is_original = matches!(self.following, Following::Original(_));
+        let via = self.address;
+        let reply = match request {
+            Public::Print(print) => {
+                out.push(Effect::Print(print.text.join(" ")));
+                status("ok")
+            }
+            Public::Set(Set { key, val }) => {
+                self.local.insert((Point::of(&key), key), val);
+                status("ok")
+            }
+            Public::Get(get) => match self.local.get(&(Point::of(&get.key), Text::clone(&get.key))) {
+                Some(value) => {
+                    Reply::Value { status: "ok", value: Text::clone(value), version: None }
+                }
+                None if is_original => status("not_found"),
+                None => return self.begin(now, from, Style::Get, Op::PrimaryGet(get), out),
+            },
+            Public::QueryAllKeys(query) => self.keys(query),
+            request if is_original => self.public_under_original(now, request),
+            Public::Getr(get) => return self.begin(now, from, Style::Own, Op::PrimaryGet(get), out),
+            Public::Setr(Setr { key, val, direct }) => {
+                let is_commit = !direct && self.voted.get(&key).is_some_and(|until| *until > now);
+                let (style, op) = if is_commit {
+                    (Style::Original, Op::PrimaryCommit(Commit { key, val, via }))
+                } else {
+                    (Style::Own, Op::PrimarySet(Set { key, val }))
+                };
+                return self.begin(now, from, style, op, out);
+            }
+            Public::SetrRequest(Get { key }) => {
+                let op = Op::PrimaryVote(Vote { key, via });
+                return self.begin(now, from, Style::Original, op, out);
+            }
+            Public::SetrDeny(Get { key }) => {
+                let op = Op::PrimaryDeny(Vote { key, via });
+                return self.begin(now, from, Style::Original, op, out);
+            }
+        };
+        out.push(Effect::Reply { to: from, reply });
+    }
+
+    /// Under an original viewleader there are no groups: each server keeps what
+    /// the client commits to it, as the original's do.
+    fn public_under_original(&mut self, now: Time, request: Public) -> Reply {
+        let via = self.address;
+        match request {
+            Public::SetrRequest(Get { key }) => {
+                if self.marks.vote(now, &key, via) {
+                    Reply::Voted { reply: "ok", epoch: self.epoch() }
+                } else {
+                    Reply::VoteRefused { reply: "no" }
+                }
+            }
+            Public::Setr(Setr { key, val, direct: false }) => {
+                self.marks.deny(now, &key, via);
+                self.local.insert((Point::of(&key), key), val);
+                Reply::Empty {}
+            }
+            Public::SetrDeny(Get { key }) => {
+                self.marks.deny(now, &key, via);
+                Reply::Empty {}
+            }
+            _ => Reply::Refused(Refusal::unavailable(
+                "this server follows an original viewleader, which keeps no groups: vote and \
+                 commit at every replica instead",
+            )),
+        }
+    }
+
+    /// The keys that this server holds, its own and the replicated, once each.
+    fn keys(&self, query: QueryAllKeys) -> Reply {
+        let is_page = query.after.is_some() || query.limit.is_some();
+        let limit = match query.limit {
+            Some(limit) => limit.min(MAX_KEYS_PAGE),
+            None if is_page => MAX_KEYS_PAGE,
+            None => usize::MAX,
+        };
+        let after = query.after.as_ref().map(|key| (Point::of(key), key));
+        let behind = match after {
+            Some((point, key)) => Bound::Excluded((point, Text::clone(key))),
+            None => Bound::Unbounded,
+        };
+        let own = self.local.range((behind, Bound::Unbounded));
+        let mut own = own.map(|((point, key), _)| (*point, key)).peekable();
+        let shared = self.table.keys_after(after.map(|(point, key)| (point, &**key)));
+        let mut shared = shared.peekable();
+        let (mut result, mut bytes) = (Vec::new(), 0);
+        let next = std::iter::from_fn(|| match (own.peek(), shared.peek()) {
+            (Some(ours), Some(theirs)) if ours == theirs => {
+                own.next();
+                shared.next()
+            }
+            (Some(ours), Some(theirs)) if ours > theirs => shared.next(),
+            (Some(_), _) => own.next(),
+            (None, _) => shared.next(),
+        });
+        let mut more = false;
+        for (_, key) in next {
+            if result.len() >= limit || is_page && bytes >= MAX_BATCH_BYTES {
+                more = true;
+                break;
+            }
+            bytes += key.len();
+            result.push(Text::clone(key));
+        }
+        Reply::Keys { result, more: is_page.then_some(more) }
+    }
+
+    /// Carries out `op` for `from`: at once if that is possible.
+    pub(super) fn begin(&mut self, now: Time, from: T, style: Style, op: Op, out: &mut Effects<T>) {
+        if let Op::PrimaryGet(get) = &op
+            && let Some(answer) = self.read(now, &get.key)
+        {
+            return self.answer(now, from, style, &op, answer, out);
+        }
+        if self.operations.len() >= MAX_OPS {
+            let refusal = Refusal::unavailable(format!(
+                "{MAX_OPS} operations are under way at this server: try again later"
+            ));
+            return out.push(Effect::Reply { to: from, reply: Reply::Refused(refusal) });
+        }
+        self.last_op.0 += 1;
+        let (id, deadline) = (self.last_op, now + PATIENCE);
+        let operation = Operation { from, style, op, stage: Stage::Parked, deadline };
+        self.operations.insert(id, operation);
+        self.attempt(now, id, out);
+    }
+
+    /// The answer to a read, if this server is the one to give it now.
+    fn read(&self, now: Time, key: &Text) -> Option<Answer> {
+        let point = Point::of(key);
+        let serves = self.replica_at(point)?.is_serving() && self.has_lease(now);
+        serves.then(|| match self.table.get(point, key) {
+            Some(held) => Answer::Value { version: held.version, value: Text::clone(&held.value) },
+            None => Answer::Absent {},
+        })
+    }
+
+    /// Tries the operation `id`: here, else at the primary, else later.
+    fn attempt(&mut self, now: Time, id: OpId, out: &mut Effects<T>) {
+        let Some(operation) = self.operations.get(&id) else { return };
+        let (op, style) = (operation.op.clone(), operation.style);
+        let point = Point::of(op.key());
+        let stage = match self.attempt_here(now, id, point, &op, out) {
+            Attempt::Answer(answer) => return self.end(now, id, answer, out),
+            Attempt::Writing => Stage::Writing,
+            // Whoever passed it on decides where to try next.
+            Attempt::NotHere if style == Style::Server => {
+                return self.end(now, id, Answer::NotPrimary {}, out);
+            }
+            Attempt::NotHere => {
+                if let Some(refusal) = self.refusal_if_lost(point) {
+                    return self.refuse(id, refusal, out);
+                }
+                match self.view.primary_of(point).filter(|primary| *primary != self.address) {
+                    None => Stage::Parked,
+                    Some(primary) => {
+                        let purpose = Purpose::Operation(id);
+                        let call = self.call(primary, Request::Op(op), purpose, out);
+                        Stage::Forwarded { call, primary }
+                    }
+                }
+            }
+        };
+        // A write to a group of one is over already.
+        if let Some(operation) = self.operations.get_mut(&id) {
+            operation.stage = stage;
+            if matches!(operation.stage, Stage::Parked) {
+                self.parked.insert(id);
+            }
+        }
+    }
+
+    fn attempt_here(
+        &mut self,
+        now: Time,
+        id: OpId,
+        point: Point,
+        op: &Op,
+        out: &mut Effects<T>,
+    ) -> Attempt {
+        let serves = self.replica_at(point).is_some_and(|replica| replica.is_serving());
+        if !serves || !self.has_lease(now) {
+            return Attempt::NotHere;
+        }
+        let set = match op {
+            Op::PrimaryGet(get) => {
+                return self.read(now, &get.key).map_or(Attempt::NotHere, Attempt::Answer);
+            }
+            Op::PrimaryVote(vote) => {
+                let ok = self.marks.vote(now, &vote.key, vote.via);
+                return Attempt::Answer(Answer::Vote { ok, epoch: self.view.epoch });
+            }
+            Op::PrimaryDeny(vote) => {
+                let ok = self.marks.deny(now, &vote.key, vote.via);
+                return Attempt::Answer(Answer::Vote { ok, epoch: self.view.epoch });
+            }
+            Op::PrimaryCommit(_) | Op::PrimarySet(_) if !self.has_room(point) => {
+                return Attempt::NotHere;
+            }
+            Op::PrimaryCommit(commit) => {
+                match self.marks.commit(now, &commit.key, commit.via, &commit.val) {
+                    Ruling::Write => {}
+                    Ruling::Wait => return Attempt::NotHere,
+                    Ruling::Written(version) => return Attempt::Answer(Answer::Done { version }),
+                    Ruling::NoVote => return Attempt::Answer(Answer::NoVote {}),
+                }
+                Set { key: Text::clone(&commit.key), val: Text::clone(&commit.val) }
+            }
+            Op::PrimarySet(set) => set.clone(),
+        };
+        self.write(now, point, &set, id, out);
+        Attempt::Writing
+    }
+
+    fn refusal_if_lost(&self, point: Point) -> Option<Refusal> {
+        let index = self.view.group_at(point)?;
+        let group = &self.view.groups[index];
+        group.is_lost().then(|| {
+            let held: Vec<String> = group.held_by.iter().map(SocketAddrV4::to_string).collect();
+            Refusal::unavailable(format!(
+                "the arc {} is lost: no server with its data is there; it was held last by {}",
+                self.view.arc(index),
+                held.join(", ")
+            ))
+        })
+    }
+
+    /// Tries again what is parked.
+    pub(super) fn retry_parked(&mut self, now: Time, out: &mut Effects<T>) {
+        for id in std::mem::take(&mut self.parked) {
+            self.attempt(now, id, out);
+        }
+    }
+
+    /// A read that waits for a server which is not the primary any more is asked
+    /// of the new one: reading twice does no harm.
+    pub(super) fn refer_reads(&mut self, now: Time, out: &mut Effects<T>) {
+        let referred = |operation: &Operation<T>| match (&operation.stage, &operation.op) {
+            (Stage::Forwarded { primary, .. }, Op::PrimaryGet(get)) => {
+                self.view.primary_of(Point::of(&get.key)) != Some(*primary)
+            }
+            _ => false,
+        };
+        let ids = self.operations.iter().filter(|(_, operation)| referred(operation));
+        for id in ids.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.attempt(now, id, out);
+        }
+    }
+
+    /// The server that an operation was passed on to has answered, or not.
+    pub(super) fn operation_answered(
+        &mut self,
+        now: Time,
+        id: OpId,
+        call: CallId,
+        result: Result<Answer, CallError>,
+        out: &mut Effects<T>,
+    ) {
+        let Some(operation) = self.operations.get_mut(&id) else { return };
+        match operation.stage {
+            Stage::Forwarded { call: current, .. } if current == call => {}
+            _ => return,
+        }
+        match (result, &operation.op) {
+            (Ok(Answer::NotPrimary {}) | Err(CallError::NotSent), _)
+            | (Err(CallError::Lost), Op::PrimaryGet(_) | Op::PrimaryDeny(_)) => {
+                operation.stage = Stage::Parked;
+                self.parked.insert(id);
+                self.retry_at = self.retry_at.min(now + RETRY);
+            }
+            (Err(CallError::Lost), Op::PrimaryVote(_)) => {
+                let epoch = self.view.epoch;
+                self.end(now, id, Answer::Vote { ok: false, epoch }, out);
+            }
+            (Err(CallError::Lost), _) => self.end(now, id, Answer::Unknown {}, out),
+            (Ok(answer), _) => self.end(now, id, answer, out),
+        }
+    }
+
+    /// The write that the operation `id` asked for is committed.
+    pub(super) fn end_written(&mut self, id: OpId, key: &Text, version: Version, out: &mut Effects<T>) {
+        self.marks.written(key, version);
+        self.end(Time::default(), id, Answer::Done { version }, out);
+    }
+
+    /// The write that `id`, if anything, asked for is out of this server's hands.
+    pub(super) fn end_unknown(&mut self, id: Option<OpId>, out: &mut Effects<T>) {
+        if let Some(id) = id {
+            self.end(Time::default(), id, Answer::Unknown {}, out);
+        }
+    }
+
+    /// Ends operations whose time is up. Their deadlines are in their order.
+    pub(super) fn end_overdue(&mut self, now: Time, out: &mut Effects<T>) {
+        while let Some((id, operation)) = self.operations.first_key_value() {
+            if operation.deadline > now {
+                return;
+            }
+            let (id, epoch) = (*id, self.view.epoch);
+            let begun = !matches!(operation.stage, Stage::Parked);
+            match &operation.op {
+                Op::PrimaryVote(_) | Op::PrimaryDeny(_) => {
+                    self.end(now, id, Answer::Vote { ok: false, epoch }, out);
+                }
+                Op::PrimarySet(_) | Op::PrimaryCommit(_) if begun => {
+                    self.end(now, id, Answer::Unknown {}, out);
+                }
+                op => {
+                    let refusal = self.refusal_of_overdue(Point::of(op.key()));
+                    self.refuse(id, refusal, out);
+                }
+            }
+        }
+    }
+
+    fn refusal_of_overdue(&self, point: Point) -> Refusal {
+        let why = match (self.view.group_at(point), self.view.primary_of(point)) {
+            (None, _) => "this server has no view yet: is the viewleader there?".to_owned(),
+            (Some(index), Some(primary)) => {
+                format!("the arc {} is not served by its primary {primary}", self.view.arc(index))
+            }
+            (Some(index), None) => format!("the arc {} has no primary", self.view.arc(index)),
+        };
+        Refusal::unavailable(format!("{why}; tried for {} s: try again later", PATIENCE.as_secs()))
+    }
+
+    fn refuse(&mut self, id: OpId, refusal: Refusal, out: &mut Effects<T>) {
+        self.parked.remove(&id);
+        let Some(operation) = self.operations.remove(&id) else { return };
+        let to = operation.from;
+        out.push(match operation.op {
+            // An original client takes any answer to its commit for success.
+            Op::PrimaryCommit(_) => Effect::Close { to },
+            _ => Effect::Reply { to, reply: Reply::Refused(refusal) },
+        });
+    }
+
+    fn end(&mut self, now: Time, id: OpId, answer: Answer, out: &mut Effects<T>) {
+        self.parked.remove(&id);
+        if let Some(Operation { from, style, op, .. }) = self.operations.remove(&id) {
+            self.answer(now, from, style, &op, answer, out);
+        }
+    }
+
+    /// Tells `to` what became of its operation, in its style.
+    fn answer(
+        &mut self,
+        now: Time,
+        to: T,
+        style: Style,
+        op: &Op,
+        answer: Answer,
+        out: &mut Effects<T>,
+    ) {
+        let own = style == Style::Own;
+        let reply = match answer {
+            answer if style == Style::Server => Reply::Peer(answer),
+            Answer::Value { version, value } => {
+                Reply::Value { status: "ok", value, version: own.then_some(version) }
+            }
+            Answer::Absent {} => Reply::Status { status: "not_found", version: None },
+            Answer::Done { version } if own => Reply::Status { status: "ok", version: Some(version) },
+            Answer::Done { .. } => {
+                self.voted.remove(op.key());
+                Reply::Empty {}
+            }
+            Answer::Vote { ok, epoch } => self.vote_reply(now, op, ok, epoch),
+            Answer::Unknown {} if own => Reply::Refused(Refusal::unknown_outcome(
+                "the write may or may not have been made, now or soon: read the key to find out",
+            )),
+            _ => return out.push(Effect::Close { to }),
+        };
+        out.push(Effect::Reply { to, reply });
+    }
+
+    fn vote_reply(&mut self, now: Time, op: &Op, ok: bool, epoch: crate::view::Epoch) -> Reply {
+        match op {
+            Op::PrimaryVote(vote) if ok => {
+                remember_vote(&mut self.voted, now, &vote.key);
+                Reply::Voted { reply: "ok", epoch }
+            }
+            Op::PrimaryVote(_) => Reply::VoteRefused { reply: "no" },
+            op => {
+                if ok {
+                    self.voted.remove(op.key());
+                }
+                Reply::Empty {}
+            }
+        }
+    }
+}
+
+fn remember_vote(voted: &mut BTreeMap<Text, Time>, now: Time, key: &Text) {
+    if voted.len() >= MAX_VOTES {
+        voted.retain(|_, until| *until > now);
+    }
+    voted.insert(Text::clone(key), now + VOTE_MEMORY);
+}

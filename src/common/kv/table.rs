@@ -1,0 +1,247 @@
+//! The values that one server holds.
+//!
+//! A key has at most one committed value and, while writes of it are under way,
+//! the prepared ones in the order of their versions. A newer version always
+//! wins, so that it does not matter in which order a value arrives by a
+//! prepare and by a page of a fetch.
+//!
+//! Keys are kept by their point on the ring, so that an arc can be read or
+//! dropped without looking at anything else.
+
+use super::ring::{Arc, Point, RING_POINTS};
+use super::{Entry, MAX_BATCH_BYTES, Text, Version};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+/// A value and its version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Versioned {
+    /// Which write it was.
+    pub version: Version,
+    /// What was written.
+    pub value: Text,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    committed: Option<Versioned>,
+    /// Sorted by version, all above the committed one. Nearly always empty or
+    /// of one element.
+    prepared: Vec<Versioned>,
+}
+
+/// A place in an arc: everything up to this key, going up the ring, is done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Where the key stands.
+    pub point: Point,
+    /// The key; `None` stands for all keys at the point.
+    pub key: Option<Text>,
+}
+
+/// All values of one server, by place and key.
+#[derive(Debug)]
+pub struct Table {
+    places: Vec<BTreeMap<Text, Slot>>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self { places: (0..RING_POINTS).map(|_| BTreeMap::new()).collect() }
+    }
+}
+
+impl Table {
+    fn place(&self, point: Point) -> &BTreeMap<Text, Slot> {
+        &self.places[usize::from(point.number())]
+    }
+
+    fn place_mut(&mut self, point: Point) -> &mut BTreeMap<Text, Slot> {
+        &mut self.places[usize::from(point.number())]
+    }
+
+    /// The committed value of `key`, which stands at `point`.
+    pub fn get(&self, point: Point, key: &str) -> Option<&Versioned> {
+        self.place(point).get(key)?.committed.as_ref()
+    }
+
+    /// Takes a prepared entry. Returns whether it was news: neither known nor
+    /// older than what is committed.
+    pub fn prepare(&mut self, point: Point, entry: &Entry) -> bool {
+        let slot = self.place_mut(point).entry(Text::clone(&entry.key)).or_default();
+        if slot.committed.as_ref().is_some_and(|committed| committed.version >= entry.version) {
+            return false;
+        }
+        match slot.prepared.binary_search_by_key(&entry.version, |prepared| prepared.version) {
+            Ok(_) => false,
+            Err(place) => {
+                let value = Text::clone(&entry.value);
+                slot.prepared.insert(place, Versioned { version: entry.version, value });
+                true
+            }
+        }
+    }
+
+    /// Makes the prepared `version` of `key` the committed value. Older prepared
+    /// ones are thereby superseded.
+    pub fn commit(&mut self, point: Point, key: &str, version: Version) {
+        let Some(slot) = self.place_mut(point).get_mut(key) else { return };
+        let above = slot.prepared.partition_point(|prepared| prepared.version <= version);
+        let newest = slot.prepared.drain(..above).next_back();
+        // Only `version` itself: an older one would have been committed before.
+        if let Some(value) = newest.filter(|newest| newest.version == version) {
+            slot.committed = Some(value);
+        }
+    }
+
+    /// Takes an entry that is known to be committed.
+    pub fn insert(&mut self, point: Point, entry: Entry) {
+        let slot = self.place_mut(point).entry(entry.key).or_default();
+        if slot.committed.as_ref().is_none_or(|committed| committed.version < entry.version) {
+            slot.prepared.retain(|prepared| prepared.version > entry.version);
+            slot.committed = Some(Versioned { version: entry.version, value: entry.value });
+        }
+    }
+
+    /// The prepared entry of `key` with this version, if no newer one has
+    /// superseded it.
+    pub fn prepared(&self, point: Point, key: &Text, version: Version) -> Option<Entry> {
+        let slot = self.place(point).get(key)?;
+        let found = slot.prepared.iter().find(|prepared| prepared.version == version)?;
+        Some(Entry { key: Text::clone(key), version, value: Text::clone(&found.value) })
+    }
+
+    /// Committed entries of `arc` behind `after`, in the order of the ring: as
+    /// many as fit in a message. With them, where the next page starts, or
+    /// `None` when this is the last one.
+    pub fn page(&self, arc: Arc, after: Option<&Cursor>) -> (Vec<Entry>, Option<Cursor>) {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let skip = after.map_or(0, |cursor| cursor.point.distance_from(arc.start));
+        for point in arc.points().skip(usize::from(skip)) {
+            let behind = match after.filter(|cursor| cursor.point == point) {
+                None => Bound::Unbounded,
+                Some(Cursor { key: Some(key), .. }) => Bound::Excluded(&**key),
+                Some(Cursor { key: None, .. }) => continue,
+            };
+            for (key, slot) in self.place(point).range::<str, _>((behind, Bound::Unbounded)) {
+                let Some(Versioned { version, value }) = &slot.committed else { continue };
+                let (key, value) = (Text::clone(key), Text::clone(value));
+                let entry = Entry { key, version: *version, value };
+                bytes += entry.bytes();
+                entries.push(entry);
+                if bytes >= MAX_BATCH_BYTES {
+                    let key = entries.last().map(|entry| Text::clone(&entry.key));
+                    return (entries, Some(Cursor { point, key }));
+                }
+            }
+        }
+        (entries, None)
+    }
+
+    /// Forgets everything at `point`.
+    pub fn clear(&mut self, point: Point) {
+        self.place_mut(point).clear();
+    }
+
+    /// Every key that has a committed value, with its place, in the order of the
+    /// ring, from `after` (excluded) on.
+    pub fn keys_after<'a>(
+        &'a self,
+        after: Option<(Point, &'a str)>,
+    ) -> impl Iterator<Item = (Point, &'a Text)> {
+        let first = after.map_or(0, |(point, _)| usize::from(point.number()));
+        let places = self.places.iter().enumerate().skip(first);
+        places.flat_map(move |(place, slots)| {
+            let point = Point::at(place as u16);
+            let behind = match after {
+                Some((same, key)) if same == point => Bound::Excluded(key),
+                _ => Bound::Unbounded,
+            };
+            let slots = slots.range::<str, _>((behind, Bound::Unbounded));
+            let held = slots.filter(|(_, slot)| slot.committed.is_some());
+            held.map(move |(key, _)| (point, key))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::Revision;
+
+    fn entry(key: &str, number: u64, value: &str) -> Entry {
+        Entry { key: key.into(), version: Version { group: Revision(1), number }, value: value.into() }
+    }
+
+    fn value(table: &Table, key: &str) -> Option<String> {
+        table.get(Point::of(key), key).map(|held| held.value.to_string())
+    }
+
+    #[test]
+    fn a_prepared_value_is_not_seen_before_it_is_committed() {
+        let mut table = Table::default();
+        let at = Point::of("k");
+        assert!(table.prepare(at, &entry("k", 1, "a")));
+        assert_eq!(value(&table, "k"), None);
+        table.commit(at, "k", entry("k", 1, "a").version);
+        assert!(table.prepare(at, &entry("k", 2, "b")));
+        assert_eq!(value(&table, "k").as_deref(), Some("a"));
+        table.commit(at, "k", entry("k", 2, "b").version);
+        assert_eq!(value(&table, "k").as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn the_newer_version_wins_in_whatever_order_they_come() {
+        let at = Point::of("k");
+        let mut table = Table::default();
+        assert!(table.prepare(at, &entry("k", 5, "new")));
+        table.insert(at, entry("k", 3, "from a page"));
+        assert_eq!(value(&table, "k").as_deref(), Some("from a page"));
+        table.commit(at, "k", entry("k", 5, "new").version);
+        table.insert(at, entry("k", 4, "late page"));
+        assert!(!table.prepare(at, &entry("k", 2, "late prepare")));
+        assert_eq!(value(&table, "k").as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn committing_the_newer_first_supersedes_the_older() {
+        let at = Point::of("k");
+        let mut table = Table::default();
+        table.prepare(at, &entry("k", 1, "a"));
+        table.prepare(at, &entry("k", 2, "b"));
+        table.commit(at, "k", entry("k", 2, "b").version);
+        table.commit(at, "k", entry("k", 1, "a").version);
+        assert_eq!(value(&table, "k").as_deref(), Some("b"));
+    }
+
+    #[test]
+    fn pages_bring_every_key_of_the_arc_once_and_no_other() {
+        let mut table = Table::default();
+        let arc = Arc { start: Point::at(9000), end: Point::at(1000) };
+        let long = "v".repeat(MAX_BATCH_BYTES / 3);
+        let mut wanted = Vec::new();
+        for number in 0..60 {
+            let key = format!("key-{number}");
+            table.insert(Point::of(&key), entry(&key, 1, &long));
+            if arc.contains(Point::of(&key)) {
+                wanted.push(key);
+            }
+        }
+        let (mut seen, mut after, mut pages) = (Vec::new(), None, 0);
+        loop {
+            let (entries, next) = table.page(arc, after.as_ref());
+            seen.extend(entries.iter().map(|entry| entry.key.to_string()));
+            pages += 1;
+            match next {
+                Some(_) => after = next,
+                None => break,
+            }
+        }
+        assert!(pages > 2, "{pages} pages for {} keys", wanted.len());
+        seen.sort_unstable();
+        wanted.sort_unstable();
+        assert_eq!(seen, wanted);
+    }
+}

@@ -1,0 +1,123 @@
+//! What every daemon does: log, print, wait for its end, say why it can't start.
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, IsTerminal, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Runs a daemon called `name`; an error becomes one line on standard error and
+/// a failing exit code.
+pub fn run(name: &str, work: impl FnOnce() -> Result<(), Box<dyn std::error::Error>>) -> ExitCode {
+    match work() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logs to standard error, by `filter` (a level such as `debug`, or directives
+/// as in `RUST_LOG`), else by `RUST_LOG`, else from `info` on.
+///
+/// # Errors
+/// When `filter` is no filter.
+pub fn log_to_stderr(filter: Option<&str>) -> Result<(), Box<dyn std::error::Error>> {
+    let filter = match filter {
+        Some(text) => EnvFilter::try_new(text).map_err(|error| {
+            format!("--log {text}: {error}; write a level: error, warn, info, debug, trace")
+        })?,
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .try_init()
+        .map_err(|error| format!("can't log: {error}"))?;
+    Ok(())
+}
+
+/// Prints a line on standard output, at once. Somebody who reads no more is no
+/// reason to stop.
+pub fn print_line(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// Asked for before anything is started, so that a signal is never missed.
+#[derive(Debug)]
+pub struct End(Signals);
+
+impl End {
+    /// Takes over SIGTERM and SIGINT.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn prepare() -> io::Result<Self> {
+        Ok(Self(Signals::new([SIGTERM, SIGINT])?))
+    }
+
+    /// Waits until this process is asked to end.
+    pub fn wait(mut self) {
+        let signal = self.0.forever().next();
+        let name = if signal == Some(SIGINT) { "SIGINT" } else { "SIGTERM" };
+        tracing::info!("{name}: ending");
+    }
+}
+
+/// A data directory that belongs to this process while this lives.
+#[derive(Debug)]
+pub struct DataDir {
+    /// Where it is.
+    pub path: PathBuf,
+    _lock: File,
+}
+
+impl DataDir {
+    /// Takes the directory at `path`, which is made if it isn't there.
+    ///
+    /// # Errors
+    /// One line that says what is wrong: not writable, or another process has it.
+    pub fn take(path: &Path) -> Result<Self, Box<dyn std::error::Error>> {
+        let shown = path.display();
+        let explain = |error: io::Error| {
+            format!("can't use the data directory {shown}: {error}; choose another with --data-dir")
+        };
+        fs::create_dir_all(path).map_err(explain)?;
+        let lock = File::create(path.join("lock")).map_err(explain)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(format!(
+                "the data directory {shown} is in use by another process; choose another with --data-dir"
+            )
+            .into()),
+            Err(TryLockError::Error(error)) => Err(explain(error).into()),
+        }
+    }
+}
+
+/// The address under which a program that listens at `bound` is reached by
+/// others: `bound` itself, unless that is "all addresses"; then the one that
+/// this machine would send from, else loopback.
+pub fn reachable_at(bound: SocketAddrV4) -> SocketAddrV4 {
+    if !bound.ip().is_unspecified() {
+        return bound;
+    }
+    // Connecting a datagram socket sends nothing: it only asks which address
+    // would be used. 192.0.2.0/24 is set aside for documentation (RFC 5737).
+    let outward = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| {
+        socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+        socket.local_addr()
+    });
+    let ip = match outward {
+        Ok(std::net::SocketAddr::V4(address)) if !address.ip().is_unspecified() => *address.ip(),
+        _ => Ipv4Addr::LOCALHOST,
+    };
+    SocketAddrV4::new(ip, bound.port())
+}

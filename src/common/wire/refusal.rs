@@ -1,0 +1,51 @@
+//! Refusals: what a program answers when it does not do what was asked.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A reply that says no. The text under `"error"` is for people and is what the
+/// programs of the original look for; `"reason"` is for programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// What went wrong and what to do about it.
+    pub error: String,
+    /// What the caller can do next.
+    pub reason: Reason,
+}
+
+/// Refusals named by what the caller can do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// The request can't be right: mend it, asking again does not help.
+    Invalid,
+    /// Nothing was done; the same request may succeed later.
+    Unavailable,
+    /// It may or may not have been done, now or soon: read to find out.
+    UnknownOutcome,
+}
+
+impl Refusal {
+    /// A refusal of a request that can't be right.
+    pub fn invalid(error: impl Into<String>) -> Self {
+        Self { error: error.into(), reason: Reason::Invalid }
+    }
+
+    /// A refusal of a request that was not carried out and may be tried again.
+    pub fn unavailable(error: impl Into<String>) -> Self {
+        Self { error: error.into(), reason: Reason::Unavailable }
+    }
+
+    /// The answer to a request that may or may not have taken effect.
+    pub fn unknown_outcome(error: impl Into<String>) -> Self {
+        Self { error: error.into(), reason: Reason::UnknownOutcome }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.error)
+    }
+}
+
+impl std::error::Error for Refusal {}
