@@ -52,6 +52,10 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS)]
     max_connections: usize,
 
+    /// End when standard input is closed: for programs that start this one
+    #[arg(long)]
+    end_with_stdin: bool,
+
     /// What to log: error, warn, info, debug, trace [default: RUST_LOG, else info]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -73,6 +77,9 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     daemon::log_to_stderr(flags.log.as_deref())?;
     let end = End::prepare()?;
+    if flags.end_with_stdin {
+        end.with_stdin()?;
+    }
     let listener = listen::bind(&flags.listen, PortRange::SERVER)?;
     let SocketAddr::V4(bound) = listener.local_addr()? else {
         return Err("--listen takes an IPv4 address".into());

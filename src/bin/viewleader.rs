@@ -8,6 +8,7 @@ use ringleader::net::serve_view::ViewShell;
 use ringleader::wire::HostPort;
 use ringleader::wire::address::PortRange;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// The viewleader of a cluster: it keeps the servers' leases, decides which
 /// servers hold which keys, and hands out locks.
@@ -25,6 +26,10 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS)]
     max_connections: usize,
 
+    /// End when standard input is closed: for programs that start this one
+    #[arg(long)]
+    end_with_stdin: bool,
+
     /// What to log: error, warn, info, debug, trace [default: RUST_LOG, else info]
     #[arg(long, value_name = "LEVEL")]
     log: Option<String>,
@@ -38,12 +43,16 @@ fn main() -> ExitCode {
 fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     daemon::log_to_stderr(flags.log.as_deref())?;
     let end = End::prepare()?;
+    if flags.end_with_stdin {
+        end.with_stdin()?;
+    }
     let listener = listen::bind(&flags.listen, PortRange::VIEWLEADER)?;
     let address = listener.local_addr()?;
     let shell = ViewShell::start()?;
-    let connections = listen::serve(listener, flags.max_connections, shell)?;
+    let connections = listen::serve(listener, flags.max_connections, Arc::clone(&shell))?;
     daemon::print_line(&format!("listening on {address}"));
     end.wait();
+    shell.end();
     connections.stop();
     Ok(())
 }

@@ -6,7 +6,7 @@
 use byteorder::{BigEndian, ReadBytesExt};
 use serde_json::Value;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddrV4, TcpStream};
+use std::net::{Shutdown, SocketAddrV4, TcpStream};
 use std::time::Duration;
 
 /// How long a connection or an answer may take.
@@ -82,6 +82,12 @@ impl Connection {
     /// show it: it may have had its reasons, and may have given them.
     pub(crate) fn send(&mut self, bytes: &[u8]) {
         let _ = self.0.write_all(bytes);
+    }
+
+    /// Says that nothing more will be sent; what is answered can still be taken.
+    pub(crate) fn end_sending(&mut self) {
+        // It fails only if the other end has closed already.
+        let _ = self.0.shutdown(Shutdown::Write);
     }
 
     /// Sends a request and takes its answer.

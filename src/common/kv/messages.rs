@@ -239,7 +239,10 @@ impl Request {
                 Op::PrimarySet(Set { key, val }) | Op::PrimaryCommit(Commit { key, val, .. }),
             ) => (key.len(), val.len()),
             Self::Public(
-                Public::Get(get) | Public::Getr(get) | Public::SetrRequest(get) | Public::SetrDeny(get),
+                Public::Get(get)
+                | Public::Getr(get)
+                | Public::SetrRequest(get)
+                | Public::SetrDeny(get),
             ) => (get.key.len(), 0),
             Self::Public(Public::Print(_) | Public::QueryAllKeys(_)) | Self::Peer(_) => (0, 0),
             Self::Op(op) => (op.key().len(), 0),

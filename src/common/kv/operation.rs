@@ -1,1 +1,581 @@
-//! x
+//! A client's command as a machine.
+//!
+//! Most commands are one question and one answer. `setr` and `getr` first ask
+//! the viewleader who holds the key: one of ours answers with its view, and the
+//! key's primary is asked next; an original one does not know that question, and
+//! then the client votes and commits at the replicas itself, as the original's
+//! client does. `lock_get` asks again every five seconds until it is granted.
+//!
+//! Some requests must not be sent twice. Before such a one, whoever is to get it
+//! is first asked something harmless, so that "nobody is there" can be told from
+//! "it may have been done".
+
+use super::Text;
+use super::messages::{Get, MAX_KEYS_PAGE, Print, Public, QueryAllKeys, Set, Setr};
+use super::ring::{self, Point};
+use crate::view::messages::{LockCall, QueryView, ViewAnswer, ViewRequest};
+use crate::view::{Dialect, View};
+use crate::wire::{Reason, Refusal};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::net::SocketAddrV4;
+use std::time::Duration;
+
+/// How long a client waits before it asks for a lock again; the original's.
+pub const LOCK_RETRY: Duration = Duration::from_secs(5);
+
+/// How many times in a row a waiting client finds nobody there before it gives
+/// up.
+const MAX_SILENCE: u32 = 12;
+
+/// What a user can ask for.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// Print words on a server's output.
+    Print(Vec<String>),
+    /// Set a key in one server's own namespace.
+    Set(Text, Text),
+    /// Get a key from one server.
+    Get(Text),
+    /// List the keys that one server holds.
+    QueryAllKeys,
+    /// Set a replicated key.
+    Setr(Text, Text),
+    /// Get a replicated key.
+    Getr(Text),
+    /// List the servers.
+    QueryServers,
+    /// Get a lock, waiting for it if need be.
+    LockGet(LockCall),
+    /// Release a lock, or leave its queue.
+    LockRelease(LockCall),
+}
+
+/// Who is to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whom {
+    /// The first of the servers that the user has named which answers without
+    /// an error.
+    AnyServer,
+    /// Likewise the viewleader.
+    Viewleader,
+    /// This one and no other.
+    At(SocketAddrV4),
+}
+
+/// A request to whoever it is for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Question {
+    /// To a server.
+    Server(Public),
+    /// To the viewleader.
+    View(ViewRequest),
+}
+
+/// What has happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// It begins.
+    Begin,
+    /// Somebody has answered.
+    Answer {
+        /// Who.
+        from: SocketAddrV4,
+        /// What; it can be a refusal.
+        body: Vec<u8>,
+    },
+    /// Nobody has.
+    Silence {
+        /// Somebody may have carried out the request.
+        sent: bool,
+        /// What was tried, in words.
+        why: String,
+    },
+    /// The time that was asked for has passed.
+    Waited,
+    /// The user wants to end.
+    Interrupted,
+}
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// Ask, and come back with what came of it.
+    Ask(Whom, Question),
+    /// Tell the user this, wait, and come back.
+    Wait(String, Duration),
+    /// It is over.
+    Done(Conclusion),
+}
+
+/// How a command has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conclusion {
+    /// The reply, one line of JSON, if there is one.
+    pub reply: Option<String>,
+    /// What to tell the user beside it.
+    pub message: Option<String>,
+    /// In a word.
+    pub verdict: Verdict,
+}
+
+/// How a command has ended, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Done.
+    Done,
+    /// The system says no.
+    No,
+    /// Nobody answered.
+    Nobody,
+    /// It may or may not have been done.
+    Unknown,
+    /// The user has ended it.
+    Interrupted,
+}
+
+/// A command under way.
+#[derive(Debug)]
+pub struct Operation {
+    command: Command,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// One question, whose answer is the reply. `once` is one that must not be
+    /// sent twice.
+    Asking { once: bool },
+    /// A harmless question before `Asking { once: true }`.
+    Probing(Question),
+    /// Pages of keys.
+    Listing { keys: Vec<Value>, pages: bool },
+    /// The view, from one of ours.
+    Viewing,
+    /// The list of servers, from an original.
+    AskingForServers,
+    /// Servers of ours, one after the other until one answers.
+    AtServers(VecDeque<SocketAddrV4>),
+    /// An original's replicas, one after the other until one answers.
+    Reading(VecDeque<SocketAddrV4>),
+    /// Votes of an original's replicas.
+    Voting(Ballot),
+    /// The end of the vote.
+    Closing(Ballot, Closing),
+    /// Waiting for a lock.
+    Locking { silences: u32 },
+    /// Leaving the queue of a lock.
+    Leaving,
+}
+
+/// A vote at an original's replicas.
+#[derive(Debug)]
+struct Ballot {
+    epoch: Value,
+    replicas: Vec<SocketAddrV4>,
+    /// The index of the replica that is being asked.
+    at: usize,
+    refusal: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    Commit { failed: bool },
+    Deny,
+}
+
+impl Operation {
+    /// A command that has not begun.
+    pub fn new(command: Command) -> Self {
+        Self { command, stage: Stage::Asking { once: false } }
+    }
+
+    /// Takes what has happened and says what is next.
+    pub fn step(&mut self, event: Event) -> Next {
+        match event {
+            Event::Begin => self.begin(),
+            Event::Answer { from, body } => self.answered(from, &body),
+            Event::Silence { sent, why } => self.silence(sent, why),
+            Event::Waited => self.ask_for_lock(),
+            Event::Interrupted => self.interrupted(),
+        }
+    }
+
+    fn begin(&mut self) -> Next {
+        let probe = Question::View(ViewRequest::QueryServers {});
+        match self.command.clone() {
+            Command::Print(text) => self.ask_once(Public::Print(Print { text })),
+            Command::Set(key, val) => self.ask_once(Public::Set(Set { key, val })),
+            Command::Get(key) => {
+                Next::Ask(Whom::AnyServer, Question::Server(Public::Get(Get { key })))
+            }
+            Command::QueryAllKeys => {
+                self.stage = Stage::Listing { keys: Vec::new(), pages: false };
+                Next::Ask(Whom::AnyServer, page_after(None))
+            }
+            Command::Setr(..) | Command::Getr(_) => {
+                self.stage = Stage::Viewing;
+                let query = ViewRequest::QueryView(QueryView::default());
+                Next::Ask(Whom::Viewleader, Question::View(query))
+            }
+            Command::QueryServers => Next::Ask(Whom::Viewleader, probe),
+            Command::LockGet(_) => self.ask_for_lock(),
+            Command::LockRelease(call) => {
+                self.stage = Stage::Probing(Question::View(ViewRequest::LockRelease(call)));
+                Next::Ask(Whom::Viewleader, probe)
+            }
+        }
+    }
+
+    /// Sends `request` to a server that has just shown that it is there.
+    fn ask_once(&mut self, request: Public) -> Next {
+        let probe = match &request {
+            // Only one of ours knows `getr`: an original would take a `setr`
+            // without a vote for a value of its own.
+            Public::Setr(Setr { key, .. }) => Public::Getr(Get { key: Text::clone(key) }),
+            _ => Public::Get(Get { key: "".into() }),
+        };
+        self.stage = Stage::Probing(Question::Server(request));
+        Next::Ask(Whom::AnyServer, Question::Server(probe))
+    }
+
+    fn ask_for_lock(&mut self) -> Next {
+        let Command::LockGet(call) = &self.command else { return self.begin() };
+        if !matches!(self.stage, Stage::Locking { .. }) {
+            self.stage = Stage::Locking { silences: 0 };
+        }
+        // Asking twice is as good as asking once.
+        Next::Ask(Whom::Viewleader, Question::View(ViewRequest::LockGet(call.clone())))
+    }
+
+    fn interrupted(&mut self) -> Next {
+        let Command::LockGet(call) = &self.command else {
+            return Next::Done(Conclusion::without_reply(Verdict::Interrupted, "interrupted"));
+        };
+        let leave = Question::View(ViewRequest::LockRelease(call.clone()));
+        self.stage = Stage::Leaving;
+        Next::Ask(Whom::Viewleader, leave)
+    }
+
+    fn answered(&mut self, from: SocketAddrV4, body: &[u8]) -> Next {
+        let reply: Value = match serde_json::from_slice(body) {
+            Ok(reply) => reply,
+            Err(error) => return self.silence(true, format!("{from} answers no JSON: {error}")),
+        };
+        let is_error = reply.get("error").is_some();
+        match &mut self.stage {
+            Stage::Asking { .. } => Next::Done(Conclusion::of(&reply, body)),
+            // For one server's own affairs it is enough that it is there.
+            Stage::Probing(_)
+                if is_error && !matches!(self.command, Command::Print(_) | Command::Set(..)) =>
+            {
+                Next::Done(Conclusion::of(&reply, body))
+            }
+            Stage::Probing(question) => {
+                let question = question.clone();
+                self.stage = Stage::Asking { once: true };
+                Next::Ask(Whom::At(from), question)
+            }
+            Stage::Listing { keys, pages } => {
+                let more = reply["more"] == true;
+                let last = reply["result"].as_array().and_then(|page| page.last()).cloned();
+                match (more, last) {
+                    (true, Some(Value::String(last))) => {
+                        take_page(keys, reply);
+                        *pages = true;
+                        Next::Ask(Whom::At(from), page_after(Some(last.into())))
+                    }
+                    _ if *pages && !is_error => {
+                        take_page(keys, reply);
+                        let whole = serde_json::json!({ "result": std::mem::take(keys) });
+                        Next::Done(Conclusion::of(&whole, whole.to_string().as_bytes()))
+                    }
+                    _ if is_error => Next::Done(Conclusion::of(&reply, body)),
+                    // All of them; what told of pages is of no use to the user.
+                    _ => {
+                        let whole = serde_json::json!({ "result": reply["result"] });
+                        Next::Done(Conclusion::of(&whole, whole.to_string().as_bytes()))
+                    }
+                }
+            }
+            Stage::Viewing => match serde_json::from_slice::<ViewAnswer>(body) {
+                Ok(answer) if answer.view.own_members().next().is_some() => {
+                    self.ask_primary(&answer.view)
+                }
+                Ok(answer) => self.ask_originals(&answer.view),
+                Err(_) => self.ask_for_servers(),
+            },
+            Stage::AskingForServers => match serde_json::from_slice::<Servers>(body) {
+                Ok(servers) => {
+                    let (addresses, hashes): (Vec<_>, Vec<_>) = servers.result.into_iter().unzip();
+                    self.vote_or_read(servers.epoch, &addresses, &hashes)
+                }
+                Err(_) => Next::Done(Conclusion::of(&reply, body)),
+            },
+            Stage::AtServers(rest) if is_unavailable(&reply) && !rest.is_empty() => {
+                self.next_server()
+            }
+            Stage::AtServers(_) => Next::Done(Conclusion::of(&reply, body)),
+            Stage::Reading(_) if is_error => self.next_original(),
+            Stage::Reading(_) => Next::Done(Conclusion::of(&reply, body)),
+            Stage::Voting(ballot) => {
+                if reply["reply"] != "ok" {
+                    ballot.refuse("the key is already being set by another client");
+                } else if reply["epoch"] != ballot.epoch {
+                    ballot.refuse(&format!("{from} has the wrong epoch: the view is changing"));
+                }
+                self.next_vote()
+            }
+            Stage::Closing(..) => self.next_closing(is_error),
+            Stage::Locking { silences } => {
+                *silences = 0;
+                if reply["status"] != "retry" {
+                    return Next::Done(Conclusion::of(&reply, body));
+                }
+                let ahead = reply["position"].as_u64();
+                let ahead = ahead.map_or(String::new(), |ahead| format!(" ({ahead} ahead)"));
+                Next::Wait(
+                    format!(
+                        "waiting for the lock{ahead}; asking again in {} s",
+                        LOCK_RETRY.as_secs()
+                    ),
+                    LOCK_RETRY,
+                )
+            }
+            Stage::Leaving => {
+                let message = "interrupted: the lock is not waited for any more";
+                Next::Done(Conclusion::without_reply(Verdict::Interrupted, message))
+            }
+        }
+    }
+
+    fn silence(&mut self, sent: bool, why: String) -> Next {
+        let conclusion = |verdict, message| Next::Done(Conclusion::without_reply(verdict, message));
+        match &mut self.stage {
+            Stage::Asking { once: true } if sent => {
+                conclusion(Verdict::Unknown, &format!("{why}; it may or may not have been done"))
+            }
+            Stage::Asking { .. } | Stage::Probing(_) | Stage::Listing { .. } => {
+                conclusion(Verdict::Nobody, &why)
+            }
+            // An original drops what it does not know; and if nobody is there at
+            // all, the next question finds that out.
+            Stage::Viewing if sent => self.ask_for_servers(),
+            Stage::Viewing | Stage::AskingForServers => match self.command.clone() {
+                // Groups with a live primary serve without a viewleader.
+                Command::Setr(key, val) => {
+                    self.ask_once(Public::Setr(Setr { key, val, direct: true }))
+                }
+                Command::Getr(key) => {
+                    self.stage = Stage::Asking { once: false };
+                    Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
+                }
+                _ => conclusion(Verdict::Nobody, &why),
+            },
+            Stage::AtServers(_) if sent && matches!(self.command, Command::Setr(..)) => {
+                conclusion(Verdict::Unknown, &format!("{why}; it may or may not have been done"))
+            }
+            Stage::AtServers(rest) if rest.is_empty() => conclusion(Verdict::Nobody, &why),
+            Stage::AtServers(_) => self.next_server(),
+            Stage::Reading(rest) if rest.is_empty() => conclusion(Verdict::Nobody, &why),
+            Stage::Reading(_) => self.next_original(),
+            Stage::Voting(ballot) => {
+                ballot.refuse(&why);
+                self.next_vote()
+            }
+            Stage::Closing(..) => self.next_closing(true),
+            Stage::Locking { silences } => {
+                *silences += 1;
+                if *silences == 1 && !sent || *silences > MAX_SILENCE {
+                    return conclusion(Verdict::Nobody, &why);
+                }
+                Next::Wait(format!("{why}; asking again in {} s", LOCK_RETRY.as_secs()), LOCK_RETRY)
+            }
+            Stage::Leaving => conclusion(
+                Verdict::Interrupted,
+                &format!("interrupted, and the queue could not be left: {why}"),
+            ),
+        }
+    }
+
+    /// Asks the key's primary; if it is not there, the other servers.
+    fn ask_primary(&mut self, view: &View) -> Next {
+        let (Command::Setr(key, _) | Command::Getr(key)) = &self.command else {
+            return self.begin();
+        };
+        let primary = view.primary_of(Point::of(key));
+        let own = view.own_members().map(|member| member.address);
+        let others = own.filter(|address| Some(*address) != primary);
+        self.stage = Stage::AtServers(primary.into_iter().chain(others).collect());
+        self.next_server()
+    }
+
+    fn next_server(&mut self) -> Next {
+        let request = match self.command.clone() {
+            Command::Setr(key, val) => Public::Setr(Setr { key, val, direct: true }),
+            Command::Getr(key) => Public::Getr(Get { key }),
+            _ => return self.begin(),
+        };
+        let Stage::AtServers(rest) = &mut self.stage else { return self.begin() };
+        match rest.pop_front() {
+            Some(server) => Next::Ask(Whom::At(server), Question::Server(request)),
+            None => Next::Done(Conclusion::without_reply(Verdict::Nobody, "there are no servers")),
+        }
+    }
+
+    fn ask_for_servers(&mut self) -> Next {
+        self.stage = Stage::AskingForServers;
+        Next::Ask(Whom::Viewleader, Question::View(ViewRequest::QueryServers {}))
+    }
+
+    /// A viewleader of ours with servers of the original only.
+    fn ask_originals(&mut self, view: &View) -> Next {
+        let members = view.members.iter().filter(|member| member.dialect == Dialect::Original);
+        let (addresses, hashes): (Vec<_>, Vec<_>) =
+            members.map(|member| (member.address, member.hash)).unzip();
+        self.vote_or_read(Value::from(view.epoch.0), &addresses, &hashes)
+    }
+
+    fn vote_or_read(&mut self, epoch: Value, addresses: &[SocketAddrV4], hashes: &[Point]) -> Next {
+        let (Command::Setr(key, _) | Command::Getr(key)) = &self.command else {
+            return self.begin();
+        };
+        let target = ring::target_of(Point::of(key), hashes);
+        let replicas: Vec<_> = target.into_iter().map(|index| addresses[index]).collect();
+        if replicas.is_empty() {
+            let message = "the viewleader knows no servers: start one";
+            return Next::Done(Conclusion::without_reply(Verdict::Nobody, message));
+        }
+        if matches!(self.command, Command::Getr(_)) {
+            self.stage = Stage::Reading(replicas.into());
+            return self.next_original();
+        }
+        self.stage = Stage::Voting(Ballot { epoch, replicas, at: 0, refusal: None });
+        self.ask_voter()
+    }
+
+    fn next_original(&mut self) -> Next {
+        let Command::Getr(key) = self.command.clone() else { return self.begin() };
+        let Stage::Reading(rest) = &mut self.stage else { return self.begin() };
+        match rest.pop_front() {
+            Some(server) => Next::Ask(Whom::At(server), Question::Server(Public::Get(Get { key }))),
+            None => {
+                let message = "no replica of the key answers";
+                Next::Done(Conclusion::without_reply(Verdict::Nobody, message))
+            }
+        }
+    }
+
+    /// Asks the replica whose turn it is for its vote, or tells it how the vote
+    /// has ended.
+    fn ask_voter(&mut self) -> Next {
+        let Command::Setr(key, val) = self.command.clone() else { return self.begin() };
+        let (ballot, request) = match &self.stage {
+            Stage::Voting(ballot) => (ballot, Public::SetrRequest(Get { key })),
+            Stage::Closing(ballot, Closing::Commit { .. }) => {
+                (ballot, Public::Setr(Setr { key, val, direct: false }))
+            }
+            Stage::Closing(ballot, Closing::Deny) => (ballot, Public::SetrDeny(Get { key })),
+            _ => return self.begin(),
+        };
+        Next::Ask(Whom::At(ballot.replicas[ballot.at]), Question::Server(request))
+    }
+
+    fn next_vote(&mut self) -> Next {
+        if let Stage::Voting(ballot) = &mut self.stage {
+            ballot.at += 1;
+            if ballot.at == ballot.replicas.len() {
+                ballot.at = 0;
+                let closing = match ballot.refusal {
+                    None => Closing::Commit { failed: false },
+                    Some(_) => Closing::Deny,
+                };
+                let Stage::Voting(ballot) =
+                    std::mem::replace(&mut self.stage, Stage::Asking { once: false })
+                else {
+                    return self.begin();
+                };
+                self.stage = Stage::Closing(ballot, closing);
+            }
+        }
+        self.ask_voter()
+    }
+
+    fn next_closing(&mut self, has_failed: bool) -> Next {
+        let Stage::Closing(ballot, closing) = &mut self.stage else { return self.begin() };
+        ballot.at += 1;
+        if let Closing::Commit { failed } = closing {
+            *failed |= has_failed;
+        }
+        if ballot.at < ballot.replicas.len() {
+            return self.ask_voter();
+        }
+        let reply = match (closing, ballot.refusal.take()) {
+            (Closing::Commit { failed: false }, _) => serde_json::json!({ "status": "ok" }),
+            (Closing::Commit { failed: true }, _) => refusal_reply(Refusal::unknown_outcome(
+                "not every replica has taken the commit: read the key to find out",
+            )),
+            (Closing::Deny, why) => refusal_reply(Refusal::unavailable(why.unwrap_or_default())),
+        };
+        Next::Done(Conclusion::of(&reply, reply.to_string().as_bytes()))
+    }
+}
+
+/// The original's answer to `query_servers`.
+#[derive(Deserialize)]
+struct Servers {
+    result: Vec<(SocketAddrV4, Point)>,
+    epoch: Value,
+}
+
+impl Ballot {
+    fn refuse(&mut self, why: &str) {
+        self.refusal.get_or_insert_with(|| why.to_owned());
+    }
+}
+
+fn page_after(after: Option<Text>) -> Question {
+    let limit = Some(MAX_KEYS_PAGE);
+    Question::Server(Public::QueryAllKeys(QueryAllKeys { after, limit }))
+}
+
+fn take_page(keys: &mut Vec<Value>, mut reply: Value) {
+    if let Some(page) = reply["result"].as_array_mut() {
+        keys.append(page);
+    }
+}
+
+fn is_unavailable(reply: &Value) -> bool {
+    serde_json::from_value::<Refusal>(reply.clone())
+        .is_ok_and(|refusal| refusal.reason == Reason::Unavailable)
+}
+
+fn refusal_reply(refusal: Refusal) -> Value {
+    serde_json::json!(refusal)
+}
+
+impl Conclusion {
+    fn without_reply(verdict: Verdict, message: &str) -> Self {
+        Self { reply: None, message: Some(message.to_owned()), verdict }
+    }
+
+    /// The end that `reply` brings; `body` is how it was written.
+    fn of(reply: &Value, body: &[u8]) -> Self {
+        // As it was written, unless that takes more than a line.
+        let line = match std::str::from_utf8(body) {
+            Ok(text) if !text.trim().contains('\n') => text.trim().to_owned(),
+            _ => reply.to_string(),
+        };
+        let error = reply.get("error");
+        let status = reply.get("status").and_then(Value::as_str);
+        let verdict = match (error, status) {
+            (Some(_), _) if reply["reason"] == "unknown_outcome" => Verdict::Unknown,
+            (Some(_), _) | (None, Some("not_found" | "unknown" | "retry" | "deny")) => Verdict::No,
+            _ => Verdict::Done,
+        };
+        let message = error.map(|error| error.as_str().map_or(error.to_string(), str::to_owned));
+        Self { reply: Some(line), message, verdict }
+    }
+}

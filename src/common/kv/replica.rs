@@ -210,10 +210,10 @@ impl Replica {
             version: self.version,
             since: self.since,
             fellows: self.fellows.clone(),
-            primary: self.primary.as_ref().map(|primary| Primary {
-                serving: primary.serving,
-                ..Primary::default()
-            }),
+            primary: self
+                .primary
+                .as_ref()
+                .map(|primary| Primary { serving: primary.serving, ..Primary::default() }),
             pending: moves,
             pending_bytes: 0,
             fetched: self.fetched_in(arc),

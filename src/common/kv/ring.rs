@@ -157,7 +157,9 @@ mod tests {
     #[test]
     fn points_are_the_originals() {
         // int(hashlib.sha1(text).hexdigest(), 16) % 10000, by CPython.
-        for (text, number) in [("", 1305), ("a", 6152), ("hello", 3181), ("0.25", 1579), ("ключ", 95)] {
+        for (text, number) in
+            [("", 1305), ("a", 6152), ("hello", 3181), ("0.25", 1579), ("ключ", 95)]
+        {
             assert_eq!(Point::of(text).number(), number, "{text:?}");
         }
     }
@@ -195,7 +197,8 @@ mod tests {
             starts.sort_unstable();
         }
         let ends = starts.iter().cycle().skip(1);
-        let longest = starts.iter().zip(ends).map(|(s, e)| Arc { start: *s, end: *e }.length()).max();
+        let longest =
+            starts.iter().zip(ends).map(|(s, e)| Arc { start: *s, end: *e }.length()).max();
         assert!(longest.unwrap() <= 2 * RING_POINTS / 16, "longest arc: {longest:?}");
     }
 }

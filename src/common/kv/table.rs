@@ -145,8 +145,10 @@ impl Table {
         self.place_mut(point).clear();
     }
 
-    /// Every key that has a committed value, with its place, in the order of the
-    /// ring, from `after` (excluded) on.
+    /// Every key with a committed or a prepared value, with its place, in the
+    /// order of the ring, from `after` (excluded) on. A write that was answered is
+    /// prepared on every replica, while the news that it is committed may still
+    /// be on its way.
     pub fn keys_after<'a>(
         &'a self,
         after: Option<(Point, &'a str)>,
@@ -159,8 +161,7 @@ impl Table {
                 Some((same, key)) if same == point => Bound::Excluded(key),
                 _ => Bound::Unbounded,
             };
-            let slots = slots.range::<str, _>((behind, Bound::Unbounded));
-            let held = slots.filter(|(_, slot)| slot.committed.is_some());
+            let held = slots.range::<str, _>((behind, Bound::Unbounded));
             held.map(move |(key, _)| (point, key))
         })
     }
@@ -172,7 +173,11 @@ mod tests {
     use crate::view::Revision;
 
     fn entry(key: &str, number: u64, value: &str) -> Entry {
-        Entry { key: key.into(), version: Version { group: Revision(1), number }, value: value.into() }
+        Entry {
+            key: key.into(),
+            version: Version { group: Revision(1), number },
+            value: value.into(),
+        }
     }
 
     fn value(table: &Table, key: &str) -> Option<String> {

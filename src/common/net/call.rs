@@ -93,10 +93,15 @@ impl Caller {
     ///
     /// # Errors
     /// A [`CallFailure`]; the connection is then of no more use.
-    pub fn call(&mut self, request: &impl Serialize, deadline: Instant) -> Result<Vec<u8>, CallFailure> {
+    pub fn call(
+        &mut self,
+        request: &impl Serialize,
+        deadline: Instant,
+    ) -> Result<Vec<u8>, CallFailure> {
         let mut frame = Vec::new();
-        append_frame(&mut frame, request)
-            .map_err(|error| CallFailure::NotSent(io::Error::new(ErrorKind::InvalidInput, error)))?;
+        append_frame(&mut frame, request).map_err(|error| {
+            CallFailure::NotSent(io::Error::new(ErrorKind::InvalidInput, error))
+        })?;
         let left = || match deadline.saturating_duration_since(Instant::now()) {
             left if left.is_zero() => Err(CallFailure::Lost(ErrorKind::TimedOut.into())),
             left => Ok(left),
@@ -161,26 +166,78 @@ pub fn addresses(hosts: &[HostPort], range: PortRange) -> io::Result<Vec<SocketA
     }
 }
 
-/// Walks a list of addresses for a caller that can be answered by any of them,
-/// and stays with the one that answers.
+/// What a walk has brought.
+#[derive(Debug)]
+pub enum Walked {
+    /// An answer without `"error"`.
+    Answer {
+        /// Whose it is.
+        from: SocketAddrV4,
+        /// The answer.
+        body: Vec<u8>,
+    },
+    /// Some answered, all with an error; this is the first one.
+    Refused {
+        /// Whose it is.
+        from: SocketAddrV4,
+        /// The refusal.
+        body: Vec<u8>,
+    },
+    /// Nobody answered.
+    Silence(Vec<(SocketAddrV4, CallFailure)>),
+}
+
+/// How long a walk waits at each address.
+#[derive(Clone, Copy, Debug)]
+pub enum Patience {
+    /// This long.
+    Each(Duration),
+    /// Until then in all: at each address but the last, half of what is left.
+    Until(Instant),
+}
+
+impl Patience {
+    fn deadline(self, is_last: bool) -> Instant {
+        let now = Instant::now();
+        match self {
+            Self::Each(limit) => now + limit,
+            Self::Until(end) if is_last => end,
+            Self::Until(end) => now + end.saturating_duration_since(now) / 2,
+        }
+    }
+}
+
+/// Asks one address after the other until one answers without an error, and
+/// gives the connection to it with the answer. The request must be one that does
+/// no harm if it is carried out more than once.
+pub fn walk(
+    addresses: &[SocketAddrV4],
+    request: &impl Serialize,
+    patience: Patience,
+) -> (Walked, Option<Caller>) {
+    let (mut refusal, mut failures) = (None, Vec::new());
+    for (index, &from) in addresses.iter().enumerate() {
+        let deadline = patience.deadline(index + 1 == addresses.len());
+        let asked = Caller::connect(from, deadline)
+            .and_then(|mut caller| Ok((caller.call(request, deadline)?, caller)));
+        match asked {
+            Ok((body, caller)) if !is_refusal(&body) => {
+                return (Walked::Answer { from, body }, Some(caller));
+            }
+            Ok((body, _)) => refusal = refusal.or(Some(Walked::Refused { from, body })),
+            Err(failure) => failures.push((from, failure)),
+        }
+    }
+    (refusal.unwrap_or(Walked::Silence(failures)), None)
+}
+
+/// Walks along the viewleaders for a server, and stays with the one that
+/// answers.
 #[derive(Debug)]
 pub struct Walker {
     hosts: Vec<HostPort>,
     range: PortRange,
     caller: Option<Caller>,
-}
-
-/// What a walk has brought.
-#[derive(Debug)]
-pub enum Walked {
-    /// An answer without `"error"`.
-    Answer(Vec<u8>),
-    /// Some answered, all with an error; this is the last one.
-    Refused(Vec<u8>),
-    /// Some took the request and closed, or were too late; nobody answered.
-    Silent,
-    /// Nobody is there.
-    Nobody,
 }
 
 impl Walker {
@@ -189,37 +246,22 @@ impl Walker {
         Self { hosts, range, caller: None }
     }
 
-    /// Asks until somebody answers without an error, at most `limit` for each
-    /// address. The request must be one that does no harm if it is carried out
-    /// more than once.
+    /// Asks until somebody answers without an error, at most `limit` at each
+    /// address.
     pub fn ask(&mut self, request: &impl Serialize, limit: Duration) -> Walked {
-        let mut result = Walked::Nobody;
-        if let Some(mut caller) = self.caller.take() {
-            match caller.call(request, Instant::now() + limit) {
-                Ok(body) if !is_refusal(&body) => {
-                    self.caller = Some(caller);
-                    return Walked::Answer(body);
-                }
-                Ok(body) => result = Walked::Refused(body),
-                // An original closes after each reply: ask again below.
-                Err(_) => {}
-            }
+        if let Some(mut caller) = self.caller.take()
+            && let Ok(body) = caller.call(request, Instant::now() + limit)
+            && !is_refusal(&body)
+        {
+            let from = caller.address;
+            self.caller = Some(caller);
+            return Walked::Answer { from, body };
         }
-        let Ok(addresses) = addresses(&self.hosts, self.range) else { return result };
-        for address in addresses {
-            let deadline = Instant::now() + limit;
-            let Ok(mut caller) = Caller::connect(address, deadline) else { continue };
-            match caller.call(request, deadline) {
-                Ok(body) if !is_refusal(&body) => {
-                    self.caller = Some(caller);
-                    return Walked::Answer(body);
-                }
-                Ok(body) => result = Walked::Refused(body),
-                Err(_) if matches!(result, Walked::Nobody) => result = Walked::Silent,
-                Err(_) => {}
-            }
-        }
-        result
+        // An original closes after each reply: then, too, begin anew.
+        let addresses = addresses(&self.hosts, self.range).unwrap_or_default();
+        let (walked, caller) = walk(&addresses, request, Patience::Each(limit));
+        self.caller = caller;
+        walked
     }
 }
 

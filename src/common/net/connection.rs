@@ -203,11 +203,13 @@ impl<S: Service> Conversation<'_, S> {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
                 Err(error) => return Err(error),
             }
             if since.get_or_insert_with(Instant::now).elapsed() > limit {
-                let what = if between { "idle for too long" } else { "a message that took too long" };
+                let what =
+                    if between { "idle for too long" } else { "a message that took too long" };
                 return Err(io::Error::new(ErrorKind::TimedOut, what));
             }
         }
@@ -237,8 +239,10 @@ impl<S: Service> Conversation<'_, S> {
 
     fn collect_reply(&mut self, reply: &S::Reply) -> io::Result<()> {
         if let Err(error) = append_frame(&mut self.out, reply) {
-            let refusal = Refusal::invalid(format!("the reply is too long ({error}): ask for less"));
-            append_frame(&mut self.out, &self.service.refused(refusal)).map_err(io::Error::other)?;
+            let refusal =
+                Refusal::invalid(format!("the reply is too long ({error}): ask for less"));
+            append_frame(&mut self.out, &self.service.refused(refusal))
+                .map_err(io::Error::other)?;
         }
         if self.out.len() >= WRITE_BATCH_BYTES { self.write() } else { Ok(()) }
     }

@@ -1,5 +1,6 @@
 //! What every daemon does: log, print, wait for its end, say why it can't start.
 
+use super::threads;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::{self, File, TryLockError};
@@ -63,11 +64,28 @@ impl End {
         Ok(Self(Signals::new([SIGTERM, SIGINT])?))
     }
 
+    /// Also ends when standard input does: whoever started this program holds
+    /// the other end, and is gone then.
+    ///
+    /// # Errors
+    /// When the system has no room for a thread.
+    pub fn with_stdin(&self) -> io::Result<()> {
+        let handle = self.0.handle();
+        threads::start("stdin", move || {
+            let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+            handle.close();
+        })?;
+        Ok(())
+    }
+
     /// Waits until this process is asked to end.
     pub fn wait(mut self) {
-        let signal = self.0.forever().next();
-        let name = if signal == Some(SIGINT) { "SIGINT" } else { "SIGTERM" };
-        tracing::info!("{name}: ending");
+        let why = match self.0.forever().next() {
+            Some(SIGINT) => "SIGINT",
+            Some(_) => "SIGTERM",
+            None => "standard input is closed",
+        };
+        tracing::info!("{why}: ending");
     }
 }
 

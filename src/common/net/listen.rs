@@ -6,7 +6,9 @@ use crate::wire::address::PortRange;
 use crate::wire::{HostPort, Refusal, append_frame};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{
+    Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, ToSocketAddrs,
+};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -29,10 +31,14 @@ const REFUSED_KEPT: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// The host is no address of this machine, or no address at all.
-    #[error("can't listen on {0}: no such address here ({1}); --listen takes an IPv4 address of this machine")]
+    #[error(
+        "can't listen on {0}: no such address here ({1}); --listen takes an IPv4 address of this machine"
+    )]
     NoSuchAddress(String, io::Error),
     /// Somebody listens there already.
-    #[error("can't listen on {0}: the port is taken; choose another with --listen IP:PORT (port 0: any free one)")]
+    #[error(
+        "can't listen on {0}: the port is taken; choose another with --listen IP:PORT (port 0: any free one)"
+    )]
     Taken(SocketAddrV4),
     /// The whole range is taken.
     #[error("can't listen on {0}: all of ports {1} are taken; choose one with --listen IP:PORT")]

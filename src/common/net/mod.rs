@@ -15,7 +15,9 @@
     reason = "the shells are where the clock, sockets and threads are"
 )]
 
+pub mod ask;
 pub mod call;
+pub mod children;
 pub mod clock;
 pub mod connection;
 pub mod daemon;

@@ -1,13 +1,15 @@
 //! The shell of a server.
 
-use super::call::{Walked, Walker};
+use super::call::{CallFailure, Walked, Walker};
 use super::clock::Clock;
 use super::connection::{Class, Service, Ticket};
 use super::daemon;
 use super::links::Links;
 use super::threads;
 use crate::kv::messages::{Public, Reply, Request};
-use crate::kv::server::{BEATS_PER_LEASE, CallError, Effect, Input, Server, ViewCall, ViewError, ViewNews, WATCH};
+use crate::kv::server::{
+    BEATS_PER_LEASE, CallError, Effect, Input, Server, ViewCall, ViewError, ViewNews, WATCH,
+};
 use crate::machine::Machine;
 use crate::view::messages::{HeartbeatReply, ViewAnswer, ViewRequest};
 use crate::wire::address::PortRange;
@@ -167,15 +169,17 @@ fn call_viewleader(
 fn read_answer<A: DeserializeOwned>(walked: Walked) -> Result<A, ViewError> {
     let refused = |text: &str| ViewError::Refused(Refusal::unavailable(text));
     match walked {
-        Walked::Answer(body) => serde_json::from_slice(&body)
+        Walked::Answer { body, .. } => serde_json::from_slice(&body)
             .map_err(|error| refused(&format!("an answer that makes no sense: {error}"))),
-        Walked::Refused(body) => Err(ViewError::Refused(
+        Walked::Refused { body, .. } => Err(ViewError::Refused(
             serde_json::from_slice(&body)
                 .unwrap_or_else(|_| Refusal::unavailable(String::from_utf8_lossy(&body))),
         )),
         // An original viewleader drops what it does not know.
-        Walked::Silent => Err(refused("no answer")),
-        Walked::Nobody => Err(ViewError::Lost),
+        Walked::Silence(tried) => {
+            let was_dropped = tried.iter().any(|(_, why)| matches!(why, CallFailure::Closed));
+            Err(if was_dropped { refused("no answer") } else { ViewError::Lost })
+        }
     }
 }
 

@@ -41,6 +41,11 @@ impl ViewShell {
         Ok(shell)
     }
 
+    /// Answers those who wait for a view, so that their connections can end.
+    pub fn end(&self) {
+        self.step(Input::Ending);
+    }
+
     fn step(&self, input: Input<Reply>) {
         let mut effects = Vec::new();
         {

@@ -54,6 +54,8 @@ pub enum Input<T> {
     },
     /// Time has passed.
     Tick,
+    /// The process is about to end: nobody is to be kept waiting.
+    Ending,
 }
 
 /// What the viewleader asks for. In any order.
@@ -108,6 +110,9 @@ impl<T> Machine for Leader<T> {
     fn step(&mut self, now: Time, input: Input<T>, effects: &mut Vec<Effect<T>>) {
         // Before anything else, so that no reply depends on when a tick came.
         self.expire(now, effects);
+        if let Input::Ending = input {
+            self.watchers.iter_mut().for_each(|watcher| watcher.until = now);
+        }
         if let Input::Request { from, host, request } = input {
             let reply = match request {
                 ViewRequest::Heartbeat(beat) => self.heartbeat(now, host, beat, effects),
@@ -170,7 +175,8 @@ impl<T> Leader<T> {
         }
         let address = beat.address.unwrap_or(SocketAddrV4::new(host, beat.port));
         let id = beat.requestor;
-        let taken = self.view().members.iter().any(|other| other.address == address && other.id != id);
+        let taken =
+            self.view().members.iter().any(|other| other.address == address && other.id != id);
         if taken {
             return answer(Beat::Retry, Some(self.view().epoch), None);
         }
@@ -211,9 +217,7 @@ impl<T> Leader<T> {
     fn lock_get(&mut self, call: &LockCall) -> ViewReply {
         match self.locks.get(&call.lockid, &call.requestor) {
             Grant::Granted => ViewReply::status("granted"),
-            Grant::Queued { ahead } => {
-                ViewReply::Status { status: "retry", position: Some(ahead) }
-            }
+            Grant::Queued { ahead } => ViewReply::Status { status: "retry", position: Some(ahead) },
             Grant::Full => ViewReply::Refused(Refusal::unavailable(
                 "too many locks or too many waiting for this one: try again later",
             )),
@@ -259,7 +263,10 @@ impl<T> Leader<T> {
             }
         }
         if self.shown.is_at_rest() && !before.is_at_rest() {
-            effects.push(Effect::Note(format!("every group is at its target; {}", self.shown.revision)));
+            effects.push(Effect::Note(format!(
+                "every group is at its target; {}",
+                self.shown.revision
+            )));
         }
     }
 

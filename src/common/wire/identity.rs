@@ -62,7 +62,8 @@ impl Serialize for Identity {
 
 impl<'de> Deserialize<'de> for Identity {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let raw = <&RawValue>::deserialize(deserializer)?.get();
+        let raw = Box::<RawValue>::deserialize(deserializer)?;
+        let raw = raw.get();
         let identity = match raw.as_bytes().first() {
             Some(b'"') => Self::Text(serde_json::from_str(raw).map_err(D::Error::custom)?),
             Some(b'-' | b'0'..=b'9') => Self::Number(raw.into()),
@@ -83,7 +84,9 @@ mod tests {
 
     #[test]
     fn an_identity_comes_back_letter_by_letter() {
-        for json in ["7", "-1", "0.8444218515250481", "340282366920938463463374607431768211455", "\"a b\""] {
+        for json in
+            ["7", "-1", "0.8444218515250481", "340282366920938463463374607431768211455", "\"a b\""]
+        {
             let identity: Identity = serde_json::from_str(json).unwrap();
             assert_eq!(serde_json::to_string(&identity).unwrap(), json);
         }

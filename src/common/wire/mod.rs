@@ -35,13 +35,17 @@ pub fn command_of(body: &[u8]) -> Result<Cow<'_, str>, Refusal> {
         cmd: Option<Cow<'a, str>>,
     }
     if body.is_empty() {
-        return Err(Refusal::invalid("an empty message: a request is a JSON object with a \"cmd\""));
+        return Err(Refusal::invalid(
+            "an empty message: a request is a JSON object with a \"cmd\"",
+        ));
     }
     if body.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
-        return Err(Refusal::invalid(match serde_json::from_slice::<serde::de::IgnoredAny>(body) {
-            Ok(_) => "not a JSON object: a request is an object with a \"cmd\"".to_owned(),
-            Err(error) => format!("not JSON: {error}"),
-        }));
+        return Err(Refusal::invalid(
+            match serde_json::from_slice::<serde::de::IgnoredAny>(body) {
+                Ok(_) => "not a JSON object: a request is an object with a \"cmd\"".to_owned(),
+                Err(error) => format!("not JSON: {error}"),
+            },
+        ));
     }
     let head: Head<'_> = serde_json::from_slice(body).map_err(|error| {
         Refusal::invalid(if error.is_data() {

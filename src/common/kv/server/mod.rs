@@ -47,7 +47,7 @@ pub const RETRY: Duration = Duration::from_millis(20);
 
 /// How soon the replicas are told what is committed when there is nothing else
 /// to tell them.
-pub const TELL: Duration = Duration::from_millis(200);
+pub const TELL: Duration = Duration::from_millis(50);
 
 /// How long a client's operation is tried. Longer than a lease, so that the
 /// failure of one server is ridden out.
@@ -283,7 +283,13 @@ impl<T> Server<T> {
         }
     }
 
-    fn call(&mut self, to: SocketAddrV4, request: Request, purpose: Purpose, out: &mut Effects<T>) -> CallId {
+    fn call(
+        &mut self,
+        to: SocketAddrV4,
+        request: Request,
+        purpose: Purpose,
+        out: &mut Effects<T>,
+    ) -> CallId {
         self.last_call.0 += 1;
         self.calls.insert(self.last_call, purpose);
         out.push(Effect::Call { to, call: self.last_call, request });

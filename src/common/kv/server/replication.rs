@@ -51,7 +51,13 @@ impl<T> Server<T> {
 
     /// Sends the pending entries of the group at `start`, from `from` on, to the
     /// fellows that follow and have not been sent them.
-    fn send_pending(&mut self, now: Time, start: Point, from: Option<Version>, out: &mut Effects<T>) {
+    fn send_pending(
+        &mut self,
+        now: Time,
+        start: Point,
+        from: Option<Version>,
+        out: &mut Effects<T>,
+    ) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         let (group, committed) = (replica.in_group(), replica.watermark());
         let Some(primary) = replica.primary.as_mut() else { return };
@@ -271,7 +277,8 @@ impl<T> Server<T> {
             Peer::Fetch(fetch) => (fetch.start, fetch.version, true),
         };
         let replica = self.replicas.get_mut(&start).filter(|replica| replica.version == version);
-        let Some(replica) = replica.filter(|replica| replica.primary.is_some() == to_primary) else {
+        let Some(replica) = replica.filter(|replica| replica.primary.is_some() == to_primary)
+        else {
             let behind = version > self.view.revision;
             return if behind { Answer::Behind {} } else { Answer::Stale {} };
         };

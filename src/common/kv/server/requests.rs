@@ -49,7 +49,8 @@ impl<T> Server<T> {
                 self.local.insert((Point::of(&key), key), val);
                 status("ok")
             }
-            Public::Get(get) => match self.local.get(&(Point::of(&get.key), Text::clone(&get.key))) {
+            Public::Get(get) => match self.local.get(&(Point::of(&get.key), Text::clone(&get.key)))
+            {
                 Some(value) => {
                     Reply::Value { status: "ok", value: Text::clone(value), version: None }
                 }
@@ -58,7 +59,9 @@ impl<T> Server<T> {
             },
             Public::QueryAllKeys(query) => self.keys(query),
             request if is_original => self.public_under_original(now, request),
-            Public::Getr(get) => return self.begin(now, from, Style::Own, Op::PrimaryGet(get), out),
+            Public::Getr(get) => {
+                return self.begin(now, from, Style::Own, Op::PrimaryGet(get), out);
+            }
             Public::Setr(Setr { key, val, direct }) => {
                 let is_commit = !direct && self.voted.get(&key).is_some_and(|until| *until > now);
                 let (style, op) = if is_commit {
@@ -190,7 +193,7 @@ impl<T> Server<T> {
                 return self.end(now, id, Answer::NotPrimary {}, out);
             }
             Attempt::NotHere => {
-                if let Some(refusal) = self.refusal_if_lost(point) {
+                if let Some(refusal) = self.refusal_if_hopeless(point) {
                     return self.refuse(id, refusal, out);
                 }
                 match self.view.primary_of(point).filter(|primary| *primary != self.address) {
@@ -254,8 +257,13 @@ impl<T> Server<T> {
         Attempt::Writing
     }
 
-    fn refusal_if_lost(&self, point: Point) -> Option<Refusal> {
-        let index = self.view.group_at(point)?;
+    /// Why it is no use to wait for somebody who serves `point`, if it is none.
+    fn refusal_if_hopeless(&self, point: Point) -> Option<Refusal> {
+        let Some(index) = self.view.group_at(point) else {
+            return Some(Refusal::unavailable(
+                "this server has not joined a cluster yet: is the viewleader there?",
+            ));
+        };
         let group = &self.view.groups[index];
         group.is_lost().then(|| {
             let held: Vec<String> = group.held_by.iter().map(SocketAddrV4::to_string).collect();
@@ -320,7 +328,13 @@ impl<T> Server<T> {
     }
 
     /// The write that the operation `id` asked for is committed.
-    pub(super) fn end_written(&mut self, id: OpId, key: &Text, version: Version, out: &mut Effects<T>) {
+    pub(super) fn end_written(
+        &mut self,
+        id: OpId,
+        key: &Text,
+        version: Version,
+        out: &mut Effects<T>,
+    ) {
         self.marks.written(key, version);
         self.end(Time::default(), id, Answer::Done { version }, out);
     }
@@ -356,12 +370,11 @@ impl<T> Server<T> {
     }
 
     fn refusal_of_overdue(&self, point: Point) -> Refusal {
-        let why = match (self.view.group_at(point), self.view.primary_of(point)) {
-            (None, _) => "this server has no view yet: is the viewleader there?".to_owned(),
-            (Some(index), Some(primary)) => {
-                format!("the arc {} is not served by its primary {primary}", self.view.arc(index))
-            }
-            (Some(index), None) => format!("the arc {} has no primary", self.view.arc(index)),
+        let arc = self.view.group_at(point).map(|index| self.view.arc(index));
+        let arc = arc.map_or("of the key".to_owned(), |arc| arc.to_string());
+        let why = match self.view.primary_of(point) {
+            Some(primary) => format!("the arc {arc} is not served by its primary {primary}"),
+            None => format!("the arc {arc} has no primary"),
         };
         Refusal::unavailable(format!("{why}; tried for {} s: try again later", PATIENCE.as_secs()))
     }
@@ -401,7 +414,9 @@ impl<T> Server<T> {
                 Reply::Value { status: "ok", value, version: own.then_some(version) }
             }
             Answer::Absent {} => Reply::Status { status: "not_found", version: None },
-            Answer::Done { version } if own => Reply::Status { status: "ok", version: Some(version) },
+            Answer::Done { version } if own => {
+                Reply::Status { status: "ok", version: Some(version) }
+            }
             Answer::Done { .. } => {
                 self.voted.remove(op.key());
                 Reply::Empty {}

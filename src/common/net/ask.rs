@@ -1,0 +1,124 @@
+//! The shell of a client's command: asks, waits, and comes back.
+
+use super::call::{self, CallFailure, Caller, Patience, Walked};
+use crate::kv::operation::{Conclusion, Event, Next, Operation, Question, Verdict, Whom};
+use crate::wire::HostPort;
+use crate::wire::address::PortRange;
+use crossbeam_channel::Receiver;
+use std::fmt::Write;
+use std::io::ErrorKind;
+use std::net::SocketAddrV4;
+use std::time::{Duration, Instant};
+
+/// Where a command looks for servers and viewleaders, and for how long.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    /// The servers that the user has named.
+    pub servers: Vec<HostPort>,
+    /// The viewleaders that the user has named.
+    pub viewleaders: Vec<HostPort>,
+    /// How long a command may take, waiting for a lock aside.
+    pub timeout: Duration,
+}
+
+impl Asker {
+    /// Carries out `operation`. `tell` takes what the user should know meanwhile;
+    /// a message through `interrupts` ends the command early.
+    pub fn run(
+        &self,
+        mut operation: Operation,
+        interrupts: &Receiver<()>,
+        mut tell: impl FnMut(&str),
+    ) -> Conclusion {
+        let mut event = Event::Begin;
+        let mut deadline = Instant::now() + self.timeout;
+        loop {
+            event = match operation.step(event) {
+                Next::Done(conclusion) => return conclusion,
+                Next::Ask(whom, question) => self.ask(whom, &question, deadline),
+                Next::Wait(why, span) => {
+                    tell(&why);
+                    let interrupted = interrupts.recv_timeout(span).is_ok();
+                    deadline = Instant::now() + self.timeout;
+                    if interrupted { Event::Interrupted } else { Event::Waited }
+                }
+            };
+        }
+    }
+
+    fn ask(&self, whom: Whom, question: &Question, deadline: Instant) -> Event {
+        let (kind, hosts, range) = match whom {
+            Whom::AnyServer => ("server", &self.servers, PortRange::SERVER),
+            Whom::Viewleader => ("viewleader", &self.viewleaders, PortRange::VIEWLEADER),
+            Whom::At(server) => return ask_at(server, question, deadline),
+        };
+        let addresses = match call::addresses(hosts, range) {
+            Ok(addresses) => addresses,
+            Err(error) => {
+                let why = format!("no {kind} can be found: {error}");
+                return Event::Silence { sent: false, why };
+            }
+        };
+        match call::walk(&addresses, question, Patience::Until(deadline)).0 {
+            Walked::Answer { from, body } | Walked::Refused { from, body } => {
+                Event::Answer { from, body }
+            }
+            Walked::Silence(tried) => Event::Silence {
+                sent: tried.iter().any(|(_, failure)| failure.was_sent()),
+                why: silence_of(kind, hosts, range, &tried),
+            },
+        }
+    }
+}
+
+fn ask_at(server: SocketAddrV4, question: &Question, deadline: Instant) -> Event {
+    let asked = Caller::connect(server, deadline).and_then(|mut it| it.call(question, deadline));
+    match asked {
+        Ok(body) => Event::Answer { from: server, body },
+        Err(failure) => {
+            Event::Silence { sent: failure.was_sent(), why: format!("{server}: {failure}") }
+        }
+    }
+}
+
+/// Says in a line that nobody answered, and what to do about it.
+fn silence_of(
+    kind: &str,
+    hosts: &[HostPort],
+    range: PortRange,
+    tried: &[(SocketAddrV4, CallFailure)],
+) -> String {
+    let hosts: Vec<String> = hosts.iter().map(HostPort::to_string).collect();
+    let mut why = format!("no {kind} answers at {}", hosts.join(", "));
+    if hosts.iter().any(|host| !host.contains(':')) {
+        let _ = write!(why, " (ports {range})");
+    }
+    let refused = |failure: &CallFailure| match failure {
+        CallFailure::NotSent(error) => error.kind() == ErrorKind::ConnectionRefused,
+        _ => false,
+    };
+    let others: Vec<String> = tried
+        .iter()
+        .filter(|(_, failure)| !refused(failure))
+        .take(3)
+        .map(|(address, failure)| format!("{address}: {failure}"))
+        .collect();
+    if others.is_empty() {
+        why.push_str(": nobody listens there");
+    } else {
+        let _ = write!(why, ": {}", others.join("; "));
+    }
+    let _ = write!(why, "; is it running, and is --{kind} right?");
+    why
+}
+
+/// The exit status of a command that has ended so.
+pub fn exit_status(verdict: Verdict) -> u8 {
+    match verdict {
+        Verdict::Done => 0,
+        Verdict::No => 1,
+        Verdict::Nobody => 3,
+        Verdict::Unknown => 4,
+        Verdict::Interrupted => 130,
+    }
+}
