@@ -1,0 +1,158 @@
+//! The network between the machines: connections that deliver in order, late,
+//! and, when a script says so, not at all.
+//!
+//! Each party has a connection to each other party for each [`Lane`], as the
+//! shells do. What is sent on one arrives in its order. A pair of parties can be
+//! *held*: what the one sends to the other then waits, in both roles, as call
+//! and as answer, until it is delivered, duplicated or dropped by hand. A party
+//! can be *cut off*: what it sends or is sent is lost, and only time-outs tell.
+
+use ringleader::kv::messages::{Op, Request};
+use ringleader::machine::Time;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Who can send and be sent something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Party {
+    /// The viewleader.
+    Viewleader,
+    /// The server with this index.
+    Server(usize),
+}
+
+/// A connection of its own, so that what is slow does not hold up the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Lane {
+    /// To a server, answered at once.
+    Prompt,
+    /// To a server, which may have to wait for others.
+    Patient,
+    /// Heartbeats.
+    Beat,
+    /// Questions for the view.
+    View,
+    /// Reports.
+    Report,
+}
+
+impl Lane {
+    /// The lane of a call to a server, as in the shells' links.
+    pub(crate) fn of(request: &Request) -> Self {
+        match request {
+            Request::Op(Op::PrimarySet(_) | Op::PrimaryCommit(_)) => Self::Patient,
+            _ => Self::Prompt,
+        }
+    }
+}
+
+/// Names one call from beginning to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rpc(pub(crate) u64);
+
+/// What crosses the network, as its JSON.
+#[derive(Clone)]
+pub(crate) enum Body {
+    /// What is asked.
+    Request(Rc<[u8]>),
+    /// What is answered.
+    Reply(Rc<[u8]>),
+    /// The connection was closed without an answer.
+    Closed,
+}
+
+/// A message on its way.
+#[derive(Clone)]
+pub(crate) struct Parcel {
+    /// The call that it belongs to.
+    pub(crate) rpc: Rpc,
+    /// What it says.
+    pub(crate) body: Body,
+    /// The same in a few words; empty when it is not worth a line.
+    pub(crate) words: String,
+}
+
+/// What becomes of a parcel that was sent.
+pub(crate) enum Sent {
+    /// It will arrive then.
+    Arrives(Time, Parcel),
+    /// It waits until it is let through by hand.
+    Held,
+    /// Nobody will hear of it.
+    Lost,
+}
+
+/// How long a parcel takes from one party to another.
+pub(crate) type Delay = Box<dyn FnMut(Party, Party, Lane) -> Duration>;
+
+/// All connections.
+pub(crate) struct Network {
+    delay: Delay,
+    /// When the last parcel of each connection arrives.
+    last: BTreeMap<(Party, Party, Lane), Time>,
+    held: BTreeMap<(Party, Party), Vec<(Lane, Parcel)>>,
+    cut: BTreeSet<Party>,
+}
+
+impl fmt::Debug for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Network").field("cut", &self.cut).finish_non_exhaustive()
+    }
+}
+
+impl Network {
+    /// A network on which a parcel takes as long as `delay` says, and longer if
+    /// the one before it arrives later.
+    pub(crate) fn new(delay: Delay) -> Self {
+        Self { delay, last: BTreeMap::new(), held: BTreeMap::new(), cut: BTreeSet::new() }
+    }
+
+    /// Sends a parcel.
+    pub(crate) fn send(
+        &mut self,
+        now: Time,
+        from: Party,
+        to: Party,
+        lane: Lane,
+        parcel: Parcel,
+    ) -> Sent {
+        if self.cut.contains(&from) || self.cut.contains(&to) {
+            return Sent::Lost;
+        }
+        if let Some(held) = self.held.get_mut(&(from, to)) {
+            held.push((lane, parcel));
+            return Sent::Held;
+        }
+        let delay = (self.delay)(from, to, lane);
+        let last = self.last.entry((from, to, lane)).or_default();
+        *last = (now + delay).max(*last);
+        Sent::Arrives(*last, parcel)
+    }
+
+    /// From now on, what `from` sends to `to` waits.
+    pub(crate) fn hold(&mut self, from: Party, to: Party) {
+        self.held.entry((from, to)).or_default();
+    }
+
+    /// What `from` sends to `to` waits no more. Returns what has waited.
+    pub(crate) fn release(&mut self, from: Party, to: Party) -> Vec<(Lane, Parcel)> {
+        self.held.remove(&(from, to)).unwrap_or_default()
+    }
+
+    /// What waits from `from` to `to`; nothing when that is not held.
+    pub(crate) fn waiting(&mut self, from: Party, to: Party) -> Option<&mut Vec<(Lane, Parcel)>> {
+        self.held.get_mut(&(from, to))
+    }
+
+    /// Loses everything from and to `party` from now on.
+    pub(crate) fn cut_off(&mut self, party: Party) {
+        self.cut.insert(party);
+    }
+
+    /// Ends that.
+    pub(crate) fn heal(&mut self, party: Party) {
+        self.cut.remove(&party);
+    }
+}

@@ -1,0 +1,166 @@
+//! The trace: every message and state change as one stable line.
+//!
+//! A line is written when a message is *sent*, such as
+//! `s2 -> s3 prepare pear@7.1`; that it arrives shows in what it leads to. A
+//! line that comes again within one command (heartbeats aside, much is repeated
+//! until it is answered) is written once and marked `(repeated)`.
+
+use super::names::Names;
+use ringleader::kv::Entry;
+use ringleader::kv::messages::{Answer, InGroup, Op, Peer, Public, Request};
+use std::collections::BTreeMap;
+
+/// What a line is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum About {
+    /// Clients and servers.
+    Traffic,
+    /// Members that come and go, and the machines' own notes.
+    Members,
+    /// The groups, as the viewleader changes them.
+    Groups,
+    /// Calls to the viewleader.
+    ViewCalls,
+}
+
+/// Collects lines.
+#[derive(Debug, Default)]
+pub(crate) struct Trace {
+    /// Nothing is written when nobody reads it.
+    pub(crate) is_on: bool,
+    /// Whether to write about groups.
+    pub(crate) with_groups: bool,
+    /// Whether to write about calls to the viewleader.
+    pub(crate) with_view_calls: bool,
+    lines: Vec<(String, bool)>,
+    places: BTreeMap<String, usize>,
+}
+
+impl Trace {
+    /// Writes a line. Returns whether it is news: not written before, whether
+    /// or not it is shown.
+    pub(crate) fn line(&mut self, about: About, line: String) {
+        let shown = match about {
+            About::Traffic | About::Members => true,
+            About::Groups => self.with_groups,
+            About::ViewCalls => self.with_view_calls,
+        };
+        if !shown {
+            return;
+        }
+        if let Some(place) = self.places.get(&line) {
+            self.lines[*place].1 = true;
+            return;
+        }
+        self.places.insert(line.clone(), self.lines.len());
+        self.lines.push((line, false));
+    }
+
+    /// How many different lines there are.
+    pub(crate) fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    /// Takes all lines out.
+    pub(crate) fn take(&mut self) -> String {
+        self.places.clear();
+        let lines = std::mem::take(&mut self.lines).into_iter();
+        lines.map(|(line, again)| line + if again { " (repeated)\n" } else { "\n" }).collect()
+    }
+}
+
+fn in_group(names: &Names, group: InGroup) -> String {
+    format!("arc {}, {}", names.arc(group.start), group.version)
+}
+
+fn entries(names: &Names, entries: &[Entry]) -> String {
+    let entries = entries.iter().map(|e| format!("{}@{}", names.key(&e.key), e.version));
+    entries.collect::<Vec<_>>().join(" ")
+}
+
+/// A request to a server in a few words.
+pub(crate) fn request(names: &Names, request: &Request) -> String {
+    let key = |key| names.key(key);
+    match request {
+        Request::Public(public) => match public {
+            Public::Print(print) => format!("print {}", print.text.join(" ")),
+            Public::Set(set) => format!("set {}={}", key(&set.key), set.val),
+            Public::Get(get) => format!("get {}", key(&get.key)),
+            Public::QueryAllKeys(_) => "query_all_keys".to_owned(),
+            Public::SetrRequest(get) => format!("setr_request {}", key(&get.key)),
+            Public::Setr(setr) if setr.direct => format!("setr {}={}", key(&setr.key), setr.val),
+            Public::Setr(setr) => format!("commit {}={}", key(&setr.key), setr.val),
+            Public::SetrDeny(get) => format!("setr_deny {}", key(&get.key)),
+            Public::Getr(get) => format!("getr {}", key(&get.key)),
+        },
+        Request::Op(op) => match op {
+            Op::PrimaryGet(get) => format!("get {}", key(&get.key)),
+            Op::PrimarySet(set) => format!("set {}={}", key(&set.key), set.val),
+            Op::PrimaryVote(vote) => format!("vote on {} at {}", key(&vote.key), names.at(vote.via)),
+            Op::PrimaryDeny(vote) => format!("deny {} at {}", key(&vote.key), names.at(vote.via)),
+            Op::PrimaryCommit(commit) => {
+                format!("commit {}={} at {}", key(&commit.key), commit.val, names.at(commit.via))
+            }
+        },
+        Request::Peer(peer) => match peer {
+            Peer::Establish(group) => format!("follow {}", in_group(names, *group)),
+            Peer::Prepare(prepare) if prepare.entries.is_empty() => {
+                format!("arc {} is committed up to {}", names.arc(prepare.start), prepare.committed)
+            }
+            Peer::Prepare(prepare) => format!("prepare {}", entries(names, &prepare.entries)),
+            Peer::Fetch(fetch) => {
+                let group = InGroup { start: fetch.start, version: fetch.version };
+                let more = if fetch.after.is_some() { ", next page" } else { "" };
+                format!("fetch {}{more}", in_group(names, group))
+            }
+        },
+    }
+}
+
+/// The answer to `asked` in a few words; `None` when it is not worth a line.
+pub(crate) fn answer(names: &Names, asked: &Request, answer: &Answer) -> Option<String> {
+    let key = match asked {
+        Request::Op(op) => names.key(op.key()),
+        _ => "",
+    };
+    Some(match answer {
+        Answer::Value { version, value } => format!("value {key}={value}@{version}"),
+        Answer::Absent {} => format!("absent {key}"),
+        Answer::Done { version } => format!("done {key}@{version}"),
+        Answer::Vote { ok, .. } => format!("{} to {}", yes(*ok), request(names, asked)),
+        Answer::NoVote {} => format!("no vote for {}", request(names, asked)),
+        Answer::NotPrimary {} => format!("not primary: {}", request(names, asked)),
+        Answer::Unknown {} => format!("unknown: {}", request(names, asked)),
+        Answer::Behind {} => format!("behind: {}", request(names, asked)),
+        Answer::Stale {} => format!("stale: {}", request(names, asked)),
+        Answer::Follows { prepared } => {
+            let what = request(names, asked).replacen("follow", "follows", 1);
+            match prepared.as_slice() {
+                [] => what,
+                held => format!("{what}, holding {}", entries(names, held)),
+            }
+        }
+        Answer::Prepared {} => match asked {
+            Request::Peer(Peer::Prepare(prepare)) if prepare.entries.is_empty() => return None,
+            Request::Peer(Peer::Prepare(prepare)) => {
+                format!("prepared {}", entries(names, &prepare.entries))
+            }
+            _ => "prepared".to_owned(),
+        },
+        Answer::Page { entries: page, next } => {
+            let arc = match asked {
+                Request::Peer(Peer::Fetch(fetch)) => names.arc(fetch.start),
+                _ => String::new(),
+            };
+            let more = if next.is_some() { " and more" } else { "" };
+            match page.as_slice() {
+                [] => format!("page of arc {arc}: nothing{more}"),
+                held => format!("page of arc {arc}: {}{more}", entries(names, held)),
+            }
+        }
+    })
+}
+
+fn yes(ok: bool) -> &'static str {
+    if ok { "yes" } else { "no" }
+}
