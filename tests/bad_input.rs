@@ -17,16 +17,19 @@ mod support;
 #[path = "bad_input/table.rs"]
 mod table;
 
+use ringleader::kv::ring::Point;
+use ringleader::view::Group;
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use support::process::{PATIENCE, Program, wait_until};
-use support::systems::{our_server, our_viewleader, wait_until_at_rest};
+use support::systems::{our_server, our_viewleader, view_of, wait_until_at_rest};
 use support::wire::{Connection, Reply, call, frame, frame_announcing};
 use table::{Case, MAX_FRAME, MAX_KEY, MAX_VALUE, Must};
 use tempfile::TempDir;
@@ -40,6 +43,8 @@ const OLD_CLIENT_READS: usize = 8191;
 struct Target {
     program: Program,
     address: SocketAddrV4,
+    /// The viewleader's address, or its own if it is one.
+    leader: SocketAddrV4,
     /// A request that must always be answered, and with what.
     good: Value,
     answer: Value,
@@ -56,6 +61,7 @@ impl Target {
         Self {
             program,
             address,
+            leader: address,
             good,
             answer: json!({"status": "granted"}),
             _viewleader: None,
@@ -79,6 +85,7 @@ impl Target {
         Self {
             program,
             address,
+            leader,
             good,
             answer,
             _viewleader: Some(viewleader),
@@ -273,6 +280,72 @@ fn a_program_says_what_it_is_to_who_takes_it_for_another() {
         }
         target.assert_unharmed();
     }
+}
+
+/// The group of `key` at `viewleader`, and where its primary listens.
+fn group_of(key: &str, viewleader: SocketAddrV4) -> (Group, SocketAddrV4) {
+    let view = view_of(viewleader).unwrap();
+    let group = view.groups[view.group_at(Point::of(key)).unwrap()].clone();
+    let primary = view.member(group.primary.as_ref().unwrap()).unwrap().address;
+    (group, primary)
+}
+
+#[test]
+fn a_fetch_from_beyond_the_ring_is_refused() {
+    let target = Target::server();
+    let (group, _) = group_of("k", target.leader);
+    let Group { start, version, .. } = group;
+    let fetch = |point: u32| json!({"cmd": "fetch", "start": start, "version": version, "after": {"point": point}});
+    assert_eq!(call(target.address, &fetch(9_999)).value()["answer"], "page");
+    for point in [10_000, 65_535] {
+        assert_refused(call(target.address, &fetch(point)), "fetch: ").unwrap();
+    }
+    target.assert_unharmed();
+}
+
+#[test]
+fn an_entry_with_a_number_that_no_primary_gives_harms_no_group() {
+    let data = tempfile::tempdir().unwrap();
+    let mut viewleader = our_viewleader(0);
+    let leader = viewleader.listening();
+    let start = |name| our_server_with(leader, &data.path().join(name), &["--lease", "1"]);
+    let mut servers = ["a", "b", "c"].map(start);
+    let addresses = servers.each_mut().map(Program::listening);
+    wait_until_at_rest(leader, 3);
+    let (group, primary) = group_of("k", leader);
+    let secondary = *addresses.iter().find(|address| **address != primary).unwrap();
+    // Right in everything but one: writes are counted from 1.
+    let version = format!("{}.0", group.version.0);
+    let prepare = json!({
+        "cmd": "prepare", "start": group.start, "version": group.version, "committed": "0.0",
+        "entries": [{"key": "k", "version": version, "value": "v"}],
+    });
+    let prepared = call(secondary, &prepare);
+
+    // What may have been sown comes up when another one takes over.
+    for (server, address) in servers.iter().zip(addresses) {
+        if address == primary {
+            server.signal("KILL");
+        }
+    }
+    let set = json!({"cmd": "setr", "key": "k", "val": "w", "direct": true});
+    wait_until("the group is served again", PATIENCE, || {
+        (call(secondary, &set).value()["status"] == "ok").then_some(())
+    });
+    for (server, address) in servers.iter_mut().zip(addresses) {
+        assert!(!server.stderr().contains("panicked"), "{address} has panicked");
+        if address != primary {
+            server.assert_running();
+        }
+    }
+    assert_refused(prepared, "prepare: ").unwrap();
+}
+
+/// Starts a server on any port with further `flags`.
+fn our_server_with(viewleader: SocketAddrV4, data: &Path, flags: &[&str]) -> Program {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_server"));
+    command.args(["--listen", "127.0.0.1:0", "--viewleader", &viewleader.to_string()]);
+    Program::start("server", command.arg("--data-dir").arg(data).args(flags))
 }
 
 #[test]

@@ -65,7 +65,8 @@ pub(crate) struct Clock {
 impl Clock {
     fn show(self, now: Time) -> Time {
         let micros = now.since(Time::default()).as_micros() as i64;
-        let shown = micros + micros / 1_000_000 * self.fast_by
+        let shown = micros
+            + micros / 1_000_000 * self.fast_by
             + micros % 1_000_000 * self.fast_by / 1_000_000;
         Time::from_micros(shown as u64) + self.origin
     }
@@ -414,9 +415,7 @@ impl Cluster {
         match event {
             Event::Tick(party) => Some(*party),
             Event::Arrival { to, .. } => Some(*to),
-            Event::Ended { rpc, .. } => {
-                self.calls.get(rpc).map(|call| Party::Server(call.caller))
-            }
+            Event::Ended { rpc, .. } => self.calls.get(rpc).map(|call| Party::Server(call.caller)),
             Event::FromClient { at, .. } => Some(Party::Server(*at)),
         }
     }
@@ -523,7 +522,14 @@ impl Cluster {
     }
 
     /// Makes a call of the server `caller`.
-    fn call(&mut self, caller: usize, callee: Party, id: Option<CallId>, lane: Lane, parcel: Parcel) {
+    fn call(
+        &mut self,
+        caller: usize,
+        callee: Party,
+        id: Option<CallId>,
+        lane: Lane,
+        parcel: Parcel,
+    ) {
         let limit = match lane {
             Lane::Prompt | Lane::Report => PROMPT_LIMIT,
             Lane::Patient => PATIENCE + PROMPT_LIMIT,
@@ -626,7 +632,8 @@ impl Cluster {
 
     fn call_server(&mut self, index: usize, to: SocketAddrV4, call: CallId, request: &Request) {
         let (rpc, lane) = (self.next_rpc(), Lane::of(request));
-        let words = if self.trace.is_on { trace::request(&self.names, request) } else { String::new() };
+        let words =
+            if self.trace.is_on { trace::request(&self.names, request) } else { String::new() };
         let Some(callee) = self.index_at(to) else {
             self.note(About::Traffic, |cluster| {
                 let (me, to) = (cluster.name(Party::Server(index)), cluster.names.at(to));

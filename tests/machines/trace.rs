@@ -96,7 +96,9 @@ pub(crate) fn request(names: &Names, request: &Request) -> String {
         Request::Op(op) => match op {
             Op::PrimaryGet(get) => format!("get {}", key(&get.key)),
             Op::PrimarySet(set) => format!("set {}={}", key(&set.key), set.val),
-            Op::PrimaryVote(vote) => format!("vote on {} at {}", key(&vote.key), names.at(vote.via)),
+            Op::PrimaryVote(vote) => {
+                format!("vote on {} at {}", key(&vote.key), names.at(vote.via))
+            }
             Op::PrimaryDeny(vote) => format!("deny {} at {}", key(&vote.key), names.at(vote.via)),
             Op::PrimaryCommit(commit) => {
                 format!("commit {}={} at {}", key(&commit.key), commit.val, names.at(commit.via))

@@ -2,6 +2,7 @@
 
 use super::process::{PATIENCE, Program, free_ports, wait_until};
 use super::wire::{Connection, Reply, call};
+use ringleader::view::View;
 use ringleader::view::messages::ViewAnswer;
 use ringleader::wire::address::PortRange;
 use serde_json::{Value, json};
@@ -9,7 +10,7 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use tempfile::TempDir;
 
 /// A viewleader and some servers that run on this machine.
@@ -154,12 +155,17 @@ impl System for Ours {
     }
 }
 
+/// What our viewleader's view is now; `None` if it does not answer with one.
+pub(crate) fn view_of(viewleader: SocketAddrV4) -> Option<Arc<View>> {
+    let Reply::Value(reply) = call(viewleader, &json!({"cmd": "query_view"})) else { return None };
+    // Through text: an identity is read as it is written.
+    Some(serde_json::from_str::<ViewAnswer>(&reply.to_string()).ok()?.view)
+}
+
 /// Waits until our viewleader has `count` members and nothing is left to move.
 pub(crate) fn wait_until_at_rest(viewleader: SocketAddrV4, count: usize) {
     wait_until("every group is at its target", PATIENCE, || {
-        let reply = call(viewleader, &json!({"cmd": "query_view"})).value();
-        // Through text: an identity is read as it is written.
-        let view = serde_json::from_str::<ViewAnswer>(&reply.to_string()).ok()?.view;
+        let view = view_of(viewleader)?;
         let own = view.own_members().count();
         (own == count && !view.groups.is_empty() && view.is_at_rest()).then_some(())
     });

@@ -16,7 +16,7 @@ use super::threads;
 use crate::kv::messages::{Answer, Op, Request};
 use crate::kv::server::{CallError, CallId, PATIENCE};
 use crate::wire::{Decoder, append_frame};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddrV4, TcpStream};
@@ -82,43 +82,40 @@ impl Lane {
 
 type Call = (CallId, Request);
 
+/// The queues of the links that there are. A link ends only under this lock and
+/// with an empty queue, so nothing is ever queued for one that has ended.
+type Queues = Arc<Mutex<HashMap<(SocketAddrV4, Lane), Sender<Call>>>>;
+
 /// All links of one server.
 pub struct Links {
-    senders: Mutex<HashMap<(SocketAddrV4, Lane), Sender<Call>>>,
+    queues: Queues,
     inbox: Inbox,
 }
 
 impl Links {
     /// No links yet; what becomes of calls goes to `inbox`.
     pub fn new(inbox: Inbox) -> Self {
-        Self { senders: Mutex::default(), inbox }
+        Self { queues: Queues::default(), inbox }
     }
 
     /// Queues a call to the server at `to`. Never blocks. Returns whether it was
     /// queued; only then the inbox will hear of it.
     pub fn call(&self, to: SocketAddrV4, call: CallId, request: Request) -> bool {
         let lane = Lane::of(&request);
-        let mut senders = self.senders.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut message = (call, request);
-        if let Some(sender) = senders.get(&(to, lane)) {
-            match sender.try_send(message) {
-                Ok(()) => return true,
-                Err(TrySendError::Full(_)) => return false,
-                // It ended for want of work: start another.
-                Err(TrySendError::Disconnected(unsent)) => message = unsent,
-            }
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = queues.get(&(to, lane)) {
+            return queue.try_send((call, request)).is_ok();
         }
-        senders.retain(|_, sender| !sender.is_empty() || sender.capacity().is_some());
-        if senders.len() >= MAX_LINKS {
+        if queues.len() >= MAX_LINKS {
             return false;
         }
         let (sender, queue) = bounded(MAX_QUEUED);
-        let queued = sender.try_send(message).is_ok();
-        let inbox = Arc::clone(&self.inbox);
-        let writer = Writer { to, lane, queue, inbox, session: None, failed: None };
+        let (inbox, shared) = (Arc::clone(&self.inbox), Arc::clone(&self.queues));
+        let writer = Writer { to, lane, queue, queues: shared, inbox, session: None, failed: None };
         match threads::start(format!("to {to}"), move || writer.run()) {
             Ok(_) => {
-                senders.insert((to, lane), sender);
+                let queued = sender.try_send((call, request)).is_ok();
+                queues.insert((to, lane), sender);
                 queued
             }
             Err(error) => {
@@ -157,6 +154,7 @@ struct Writer {
     to: SocketAddrV4,
     lane: Lane,
     queue: Receiver<Call>,
+    queues: Queues,
     inbox: Inbox,
     session: Option<Arc<Session>>,
     /// When a connection could not be made last.
@@ -170,8 +168,8 @@ impl Writer {
         loop {
             match self.queue.recv_timeout(IDLE) {
                 Ok(call) => self.take(call, &mut calls, &mut frames),
-                Err(RecvTimeoutError::Timeout) => break,
-                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if !self.may_end() => continue,
+                Err(_) => break,
             }
             while frames.len() < WRITE_BATCH_BYTES
                 && let Ok(call) = self.queue.try_recv()
@@ -185,6 +183,13 @@ impl Writer {
         if let Some(session) = self.session {
             session.end(&self.inbox);
         }
+    }
+
+    /// Whether there is nothing to do for this link any more: then it is off the
+    /// list.
+    fn may_end(&self) -> bool {
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        self.queue.is_empty() && queues.remove(&(self.to, self.lane)).is_some()
     }
 
     fn take(&self, (call, request): Call, calls: &mut Vec<CallId>, frames: &mut Vec<u8>) {

@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::connection::{Class, Service, Ticket};
 use super::threads;
-use crate::machine::Machine;
+use crate::machine::{Machine, Time};
 use crate::view::leader::{Effect, Input, Leader};
 use crate::view::messages::{ViewReply, ViewRequest};
 use crate::wire::Refusal;
@@ -15,13 +15,18 @@ use std::time::Duration;
 /// How often the machine is told that time has passed.
 const TICK: Duration = Duration::from_millis(20);
 
+/// A pause between two ticks that is longer than this was a sleep of the whole
+/// process: stopped, swapped out, or its machine suspended.
+const SLEEP: Duration = Duration::from_millis(500);
+
 type Reply = Ticket<ViewReply>;
 
 /// A viewleader behind a listener.
 #[derive(Debug, Default)]
 pub struct ViewShell {
     clock: Clock,
-    machine: Mutex<Leader<Reply>>,
+    /// The machine, and when it was stepped last.
+    machine: Mutex<(Leader<Reply>, Time)>,
 }
 
 impl ViewShell {
@@ -49,8 +54,16 @@ impl ViewShell {
     fn step(&self, input: Input<Reply>) {
         let mut effects = Vec::new();
         {
-            let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
-            machine.step(self.clock.now(), input, &mut effects);
+            let mut guard = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+            let (machine, stepped) = &mut *guard;
+            let now = self.clock.now();
+            let pause = now.since(*stepped);
+            if pause > SLEEP {
+                tracing::warn!("this process has slept for {} ms", pause.as_millis());
+                machine.step(now, Input::Slept(pause), &mut effects);
+            }
+            machine.step(now, input, &mut effects);
+            *stepped = now;
         }
         for effect in effects {
             match effect {

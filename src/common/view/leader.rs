@@ -54,6 +54,9 @@ pub enum Input<T> {
     },
     /// Time has passed.
     Tick,
+    /// This process has not run for so long: servers may have called in vain, so
+    /// no lease runs out for that.
+    Slept(Duration),
     /// The process is about to end: nobody is to be kept waiting.
     Ending,
 }
@@ -108,9 +111,12 @@ impl<T> Machine for Leader<T> {
     type Effect = Effect<T>;
 
     fn step(&mut self, now: Time, input: Input<T>, effects: &mut Vec<Effect<T>>) {
+        if let Input::Slept(span) = input {
+            self.leases.values_mut().for_each(|end| *end = *end + span);
+        }
         // Before anything else, so that no reply depends on when a tick came.
         self.expire(now, effects);
-        if let Input::Ending = input {
+        if matches!(input, Input::Ending) {
             self.watchers.iter_mut().for_each(|watcher| watcher.until = now);
         }
         if let Input::Request { from, host, request } = input {

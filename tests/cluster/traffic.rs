@@ -1,0 +1,279 @@
+//! Readers and writers that go on while servers come and go, and know what they
+//! have been promised.
+
+use crate::support::process::{PATIENCE, wait_until};
+use crate::support::wire::{Connection, Reply};
+use crate::{getr, setr, value_of};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::net::SocketAddrV4;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// How long each client rests between two calls: there are few processors here,
+/// and what is written will be read from every server.
+const REST: Duration = Duration::from_millis(3);
+
+/// Clients at work.
+pub(crate) struct Traffic {
+    shared: Arc<Shared>,
+    clients: Vec<JoinHandle<()>>,
+}
+
+/// What the clients of a [`Traffic`] have seen.
+#[derive(Default)]
+struct Seen {
+    servers: Vec<SocketAddrV4>,
+    /// Servers that have been killed: only they may hang up.
+    gone: BTreeSet<SocketAddrV4>,
+    /// The keys whose writes have been acknowledged.
+    acknowledged: Vec<String>,
+    /// The keys whose writes may have been made.
+    in_doubt: BTreeSet<String>,
+    /// What was refused and had not been done.
+    refused: Vec<String>,
+    /// The register: which one it is, and the last number that was acknowledged.
+    register: (u64, u64),
+}
+
+#[derive(Default)]
+struct Shared {
+    end: AtomicBool,
+    seen: Mutex<Seen>,
+}
+
+/// What has come of it.
+pub(crate) struct Outcome {
+    /// The keys that must be there, each with its [`value_of`].
+    pub(crate) acknowledged: BTreeSet<String>,
+    /// The keys that may be there.
+    pub(crate) in_doubt: BTreeSet<String>,
+    /// The refusals.
+    pub(crate) refused: Vec<String>,
+}
+
+impl Outcome {
+    /// What is found must have been written, and what was acknowledged found.
+    pub(crate) fn assert_explains(&self, found: &BTreeSet<String>) {
+        let lost = self.acknowledged.difference(found).next();
+        assert_eq!(lost, None, "lost; {} were acknowledged", self.acknowledged.len());
+        let ours = found.iter().filter(|key| key.starts_with("writer "));
+        let strange = ours
+            .filter(|key| !self.acknowledged.contains(*key) && !self.in_doubt.contains(*key))
+            .next();
+        assert_eq!(strange, None, "refused, and there all the same");
+    }
+}
+
+impl Traffic {
+    /// Starts two writers, a reader of what they have written, and a writer and
+    /// a reader of one register.
+    pub(crate) fn start(servers: Vec<SocketAddrV4>) -> Self {
+        let seen = Mutex::new(Seen { servers, ..Seen::default() });
+        let shared = Arc::new(Shared { end: AtomicBool::new(false), seen });
+        let works: [fn(&mut Client); 5] = [
+            |client| client.write_keys("first"),
+            |client| client.write_keys("second"),
+            Client::read_keys,
+            Client::write_register,
+            Client::read_register,
+        ];
+        let clients = works.into_iter().enumerate().map(|(index, work)| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || work(&mut Client { shared, server: index, line: None }))
+        });
+        let clients = clients.collect();
+        Self { shared, clients }
+    }
+
+    /// The servers that the clients may turn to from now on.
+    pub(crate) fn use_servers(&self, servers: Vec<SocketAddrV4>) {
+        self.shared.seen.lock().unwrap().servers = servers;
+    }
+
+    /// `server` is about to be killed.
+    pub(crate) fn expect_gone(&self, server: SocketAddrV4) {
+        let mut seen = self.shared.seen.lock().unwrap();
+        seen.gone.insert(server);
+        seen.servers.retain(|other| *other != server);
+    }
+
+    /// Waits until this many more writes have been acknowledged.
+    pub(crate) fn wait_for_writes(&self, count: usize) {
+        let acknowledged = || self.shared.seen.lock().unwrap().acknowledged.len();
+        let goal = acknowledged() + count;
+        wait_until("writers are served", PATIENCE, || {
+            self.assert_unharmed();
+            (acknowledged() >= goal).then_some(())
+        });
+    }
+
+    /// # Panics
+    /// If a client has seen what it must not.
+    fn assert_unharmed(&self) {
+        let running = self.clients.iter().filter(|client| !client.is_finished()).count();
+        assert_eq!(running, self.clients.len(), "a client has given up; see above");
+    }
+
+    /// The keys whose writes have been acknowledged so far.
+    pub(crate) fn acknowledged(&self) -> Vec<String> {
+        self.shared.seen.lock().unwrap().acknowledged.clone()
+    }
+
+    /// Ends the clients.
+    ///
+    /// # Panics
+    /// If one of them has seen what it must not.
+    pub(crate) fn end(mut self) -> Outcome {
+        self.shared.end.store(true, Ordering::Relaxed);
+        for client in std::mem::take(&mut self.clients) {
+            client.join().expect("a client that has seen nothing wrong");
+        }
+        let seen = std::mem::take(&mut *self.shared.seen.lock().unwrap());
+        Outcome {
+            acknowledged: seen.acknowledged.into_iter().collect(),
+            in_doubt: seen.in_doubt,
+            refused: seen.refused,
+        }
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        self.shared.end.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What came of one call.
+enum Came {
+    Answer(Value),
+    /// It was not done.
+    Nothing,
+    /// It may have been done.
+    InDoubt,
+}
+
+/// One client: a connection to some server, and to another one when that is gone.
+struct Client {
+    shared: Arc<Shared>,
+    /// Which of the servers it turns to, modulo their number.
+    server: usize,
+    line: Option<(SocketAddrV4, Connection)>,
+}
+
+impl Client {
+    fn goes_on(&self) -> bool {
+        thread::sleep(REST);
+        !self.shared.end.load(Ordering::Relaxed)
+    }
+
+    fn seen<T>(&self, look: impl FnOnce(&mut Seen) -> T) -> T {
+        look(&mut self.shared.seen.lock().unwrap())
+    }
+
+    fn call(&mut self, request: &Value) -> Came {
+        let index = self.server;
+        let server = self.seen(|seen| seen.servers[index % seen.servers.len()]);
+        let (address, mut connection) = match self.line.take() {
+            Some(line) => line,
+            None => match Connection::open(server) {
+                Some(connection) => (server, connection),
+                None => {
+                    self.server += 1;
+                    return Came::Nothing;
+                }
+            },
+        };
+        match connection.call(request) {
+            Reply::Value(reply) => {
+                self.line = Some((address, connection));
+                match reply["reason"].as_str() {
+                    None => Came::Answer(reply),
+                    Some("unavailable") => {
+                        self.seen(|seen| seen.refused.push(format!("{request}: {reply}")));
+                        Came::Nothing
+                    }
+                    Some("unknown_outcome") => Came::InDoubt,
+                    Some(_) => panic!("{request} through {address}: {reply}"),
+                }
+            }
+            Reply::Closed if self.seen(|seen| seen.gone.contains(&address)) => {
+                self.server += 1;
+                Came::InDoubt
+            }
+            other => panic!("{request} through {address}: {other:?}"),
+        }
+    }
+
+    /// Writes one new key after the other.
+    fn write_keys(&mut self, name: &str) {
+        for number in 0.. {
+            if !self.goes_on() {
+                return;
+            }
+            let key = format!("writer {name} {number}");
+            match self.call(&setr(&key, &value_of(&key))) {
+                Came::Answer(reply) => {
+                    assert_eq!(reply["status"], "ok", "{reply}");
+                    self.seen(|seen| seen.acknowledged.push(key));
+                }
+                Came::InDoubt => self.seen(|seen| assert!(seen.in_doubt.insert(key))),
+                Came::Nothing => {}
+            }
+        }
+    }
+
+    /// Reads here and there what has been acknowledged.
+    fn read_keys(&mut self) {
+        let mut turn = 0;
+        while self.goes_on() {
+            turn += 7919;
+            let key = self.seen(|seen| {
+                let count = seen.acknowledged.len().max(1);
+                seen.acknowledged.get(turn % count).cloned()
+            });
+            let Some(key) = key else { continue };
+            if let Came::Answer(reply) = self.call(&getr(&key)) {
+                assert_eq!(reply["value"], value_of(&key), "{key} was acknowledged: {reply}");
+            }
+        }
+    }
+
+    /// Writes rising numbers under one key. When one is in doubt it may yet come
+    /// at any time: from then on another key is the register.
+    fn write_register(&mut self) {
+        while self.goes_on() {
+            let (register, last) = self.seen(|seen| seen.register);
+            let next = last + 1;
+            match self.call(&setr(&format!("register {register}"), &next.to_string())) {
+                Came::Answer(reply) => {
+                    assert_eq!(reply["status"], "ok", "{reply}");
+                    self.seen(|seen| seen.register.1 = next);
+                }
+                Came::InDoubt => self.seen(|seen| seen.register = (register + 1, 0)),
+                Came::Nothing => {}
+            }
+        }
+    }
+
+    /// Reads that key: never an older number than was acknowledged before, nor
+    /// than was read before.
+    fn read_register(&mut self) {
+        let mut newest = (0, 0);
+        while self.goes_on() {
+            let (register, acknowledged) = self.seen(|seen| seen.register);
+            if newest.0 != register {
+                newest = (register, 0);
+            }
+            let Came::Answer(reply) = self.call(&getr(&format!("register {register}"))) else {
+                continue;
+            };
+            let value = reply["value"].as_str().unwrap_or("0").parse::<u64>().unwrap();
+            let due = acknowledged.max(newest.1);
+            assert!(value >= due, "{value} was read from register {register} after {due}");
+            newest.1 = value;
+        }
+    }
+}
