@@ -22,8 +22,12 @@ mod cluster;
 mod names;
 #[path = "machines/network.rs"]
 mod network;
+#[path = "machines/oracle.rs"]
+mod oracle;
 #[path = "machines/servers_script.rs"]
 mod servers_script;
+#[path = "machines/smoke.rs"]
+mod smoke;
 #[path = "machines/trace.rs"]
 mod trace;
 #[path = "machines/viewleader_script.rs"]
@@ -62,4 +66,26 @@ fn the_viewleader_does_what_its_scripts_say() {
 #[test]
 fn the_servers_do_what_their_scripts_say() {
     run_scripts::<servers_script::ServersScript>("servers");
+}
+
+/// Runs the seeds; `SEED=17 cargo test --test machines chance -- --nocapture` runs
+/// that one alone and prints all of it.
+fn run_seeds(seeds: std::ops::Range<u64>) {
+    let chosen = std::env::var("SEED").ok().map(|seed| seed.parse::<u64>().unwrap());
+    let mut total = smoke::Tally::default();
+    let mut failed = Vec::new();
+    for seed in seeds.filter(|seed| chosen.is_none_or(|chosen| chosen == *seed)) {
+        match smoke::run(seed, chosen.is_some()) {
+            Ok(tally) => total += tally,
+            Err(what) => failed.push(what),
+        }
+    }
+    println!("{total:?}");
+    assert!(failed.is_empty(), "{} seeds failed:\n{}", failed.len(), failed.join("\n"));
+}
+
+#[test]
+fn by_chance_nothing_is_lost_and_everything_comes_to_rest() {
+    let seeds = std::env::var("SEEDS").map_or(200, |seeds| seeds.parse().unwrap());
+    run_seeds(0..seeds);
 }

@@ -118,7 +118,7 @@ fn not_utf_8() -> Vec<Case> {
         refused("bytes that are no text", b"\xff\xfe\x00\x80", "not JSON"),
         refused("a cmd that is no UTF-8", b"{\"cmd\":\"\xff\xfe\"}", "not JSON"),
         refused("a cmd with half a surrogate", b"{\"cmd\":\"\\ud800\"}", "not JSON"),
-        refused("UTF-16", b"{\0\"\0c\0m\0d\0\"\0:\05\0}\0", "not JSON"),
+        refused("UTF-16", b"{\0\"\0c\0m\0d\0\"\0:\0t\0}\0", "not JSON"),
     ]
 }
 

@@ -59,10 +59,9 @@ impl Outcome {
     pub(crate) fn assert_explains(&self, found: &BTreeSet<String>) {
         let lost = self.acknowledged.difference(found).next();
         assert_eq!(lost, None, "lost; {} were acknowledged", self.acknowledged.len());
-        let ours = found.iter().filter(|key| key.starts_with("writer "));
-        let strange = ours
-            .filter(|key| !self.acknowledged.contains(*key) && !self.in_doubt.contains(*key))
-            .next();
+        let mut ours = found.iter().filter(|key| key.starts_with("writer "));
+        let strange =
+            ours.find(|key| !self.acknowledged.contains(*key) && !self.in_doubt.contains(*key));
         assert_eq!(strange, None, "refused, and there all the same");
     }
 }

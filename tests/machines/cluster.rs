@@ -30,7 +30,7 @@ use ringleader::machine::{Machine, Time};
 use ringleader::view::View;
 use ringleader::view::leader::{self, Leader};
 use ringleader::view::messages::{ViewAnswer, ViewReply, ViewRequest};
-use ringleader::wire::Refusal;
+use ringleader::wire::{Identity, Refusal};
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -43,6 +43,9 @@ const SERVER_TICK: Duration = Duration::from_millis(10);
 
 /// How often the viewleader is told so.
 const VIEWLEADER_TICK: Duration = Duration::from_millis(20);
+
+/// A viewleader that has not been stepped for longer than this has slept.
+const SLEEP: Duration = Duration::from_millis(500);
 
 /// How long a call that is answered at once may take.
 const PROMPT_LIMIT: Duration = Duration::from_secs(2);
@@ -140,6 +143,8 @@ struct Member {
     host: Host<Server<Origin>>,
     name: String,
     address: SocketAddrV4,
+    /// Who it says it is; nobody before its first heartbeat.
+    id: Option<Identity>,
 }
 
 /// All of it.
@@ -149,6 +154,8 @@ pub(crate) struct Cluster {
     last_event: u64,
     network: Network,
     viewleader: Host<Leader<ViewOrigin>>,
+    /// When the viewleader was stepped last.
+    viewleader_stepped: Time,
     servers: Vec<Member>,
     calls: BTreeMap<Rpc, Call>,
     last_rpc: Rpc,
@@ -170,6 +177,7 @@ impl Cluster {
             last_event: 0,
             network: Network::new(delay),
             viewleader: Host::new(Leader::default(), Clock::default()),
+            viewleader_stepped: Time::default(),
             servers: Vec::new(),
             calls: BTreeMap::new(),
             last_rpc: Rpc(0),
@@ -214,6 +222,11 @@ impl Cluster {
         self.servers[server].host.state == State::Up
     }
 
+    /// Who the server says it is; nobody before its first heartbeat.
+    pub(crate) fn identity(&self, server: usize) -> Option<&Identity> {
+        self.servers[server].id.as_ref()
+    }
+
     /// The party that is called `name`.
     pub(crate) fn party(&self, name: &str) -> Option<Party> {
         if name == "viewleader" {
@@ -232,7 +245,7 @@ impl Cluster {
         let machine = Server::new(address, DEFAULT_LEASE, StdRng::seed_from_u64(seed));
         let index = self.servers.len();
         let host = Host::new(machine, clock);
-        self.servers.push(Member { host, name: name.to_owned(), address });
+        self.servers.push(Member { host, name: name.to_owned(), address, id: None });
         self.at(self.now, Event::Tick(Party::Server(index)));
         index
     }
@@ -654,6 +667,11 @@ impl Cluster {
             ViewCall::View(query) => (Lane::View, ViewRequest::QueryView(query), "query_view"),
             ViewCall::Report(report) => (Lane::Report, ViewRequest::Report(report), "report"),
         };
+        if let ViewRequest::Heartbeat(beat) = &request {
+            let server = &mut self.servers[index];
+            self.names.identity(&beat.requestor, &server.name);
+            server.id = Some(beat.requestor.clone());
+        }
         let rpc = self.next_rpc();
         let body = Body::Request(to_json(&request).into_bytes().into());
         if self.viewleader.state == State::Dead {
@@ -688,6 +706,10 @@ impl Cluster {
     fn step_viewleader(&mut self, input: leader::Input<ViewOrigin>) {
         let now = self.viewleader.clock.show(self.now);
         let mut effects = Vec::new();
+        let pause = now.since(std::mem::replace(&mut self.viewleader_stepped, now));
+        if pause > SLEEP {
+            self.viewleader.machine.step(now, leader::Input::Slept(pause), &mut effects);
+        }
         self.viewleader.machine.step(now, input, &mut effects);
         // The cluster looks at the view after every step.
         let request = ViewRequest::QueryView(Default::default());
@@ -718,7 +740,6 @@ impl Cluster {
             return;
         }
         if self.trace.is_on {
-            self.names.learn(&view);
             let (members, groups) = self.names.changes(&self.view, &view);
             for line in members {
                 self.trace.line(About::Members, format!("viewleader: {line}"));

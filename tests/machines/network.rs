@@ -2,7 +2,7 @@
 //! and, when a script says so, not at all.
 //!
 //! Each party has a connection to each other party for each [`Lane`], as the
-//! shells do. What is sent on one arrives in its order. A pair of parties can be
+//! shells do. What is sent on one arrives in its order, calls and answers each. A pair of parties can be
 //! *held*: what the one sends to the other then waits, in both roles, as call
 //! and as answer, until it is delivered, duplicated or dropped by hand. A party
 //! can be *cut off*: what it sends or is sent is lost, and only time-outs tell.
@@ -84,14 +84,27 @@ pub(crate) enum Sent {
     Lost,
 }
 
-/// How long a parcel takes from one party to another.
-pub(crate) type Delay = Box<dyn FnMut(Party, Party, Lane) -> Duration>;
+/// One direction of one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Way {
+    /// Who sends.
+    pub(crate) from: Party,
+    /// Who is sent something.
+    pub(crate) to: Party,
+    /// What kind of calls the connection is for.
+    pub(crate) lane: Lane,
+    /// Whether this is the way of the answers.
+    pub(crate) back: bool,
+}
+
+/// How long a parcel takes on its way.
+pub(crate) type Delay = Box<dyn FnMut(Way) -> Duration>;
 
 /// All connections.
 pub(crate) struct Network {
     delay: Delay,
-    /// When the last parcel of each connection arrives.
-    last: BTreeMap<(Party, Party, Lane), Time>,
+    /// When the last parcel on each way arrives.
+    last: BTreeMap<Way, Time>,
     held: BTreeMap<(Party, Party), Vec<(Lane, Parcel)>>,
     cut: BTreeSet<Party>,
 }
@@ -125,8 +138,10 @@ impl Network {
             held.push((lane, parcel));
             return Sent::Held;
         }
-        let delay = (self.delay)(from, to, lane);
-        let last = self.last.entry((from, to, lane)).or_default();
+        let back = !matches!(parcel.body, Body::Request(_));
+        let way = Way { from, to, lane, back };
+        let delay = (self.delay)(way);
+        let last = self.last.entry(way).or_default();
         *last = (now + delay).max(*last);
         Sent::Arrives(*last, parcel)
     }

@@ -48,7 +48,7 @@ pub(crate) struct ServersScript {
 
 impl Default for ServersScript {
     fn default() -> Self {
-        let mut cluster = Cluster::new(Box::new(|_, _, _| DELAY));
+        let mut cluster = Cluster::new(Box::new(|_| DELAY));
         cluster.trace.is_on = true;
         Self { cluster }
     }

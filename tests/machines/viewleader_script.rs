@@ -6,9 +6,10 @@
 //! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
 //! | `query_servers`, `lock_get LOCK ID`, `lock_release LOCK ID` | the original's |
 //! | `query_view [after=N] [wait=10s]` | ours; its answer is shown as `view REVISION`, or as it is with the tag `[json]` |
-//! | `report ID [ready=ARC@N] [established=ARC@N]` | ARC is the identity at which the arc starts, N the group's version |
+//! | `report ID [ready=ARC[@N]] [established=ARC[@N]]` | ARC is the identity at which the arc starts, N the group's version: unless told otherwise, the one it has |
 //! | `raw JSON` | a request as it stands |
 //! | `tick` | time has passed |
+//! | `slept 5s` | the process has not run for so long |
 //! | `ending` | the process is about to end |
 //! | `restart` | another viewleader, which remembers nothing, takes its place |
 //! | `groups` | the view, for people |
@@ -21,6 +22,7 @@ use super::names::Names;
 use goldenscript::{Command, Context, Runner};
 use ringleader::kv::ring::Point;
 use ringleader::machine::{Machine, Time};
+use ringleader::view::View;
 use ringleader::view::leader::{Effect, Input, Leader};
 use ringleader::view::messages::{ViewReply, ViewRequest};
 use ringleader::wire::Identity;
@@ -53,6 +55,10 @@ impl Runner for ViewleaderScript {
                 Ok(String::new())
             }
             "tick" => Ok(self.step(Input::Tick, None, as_json)),
+            "slept" => {
+                let [pause] = exactly(command)?;
+                Ok(self.step(Input::Slept(span(pause)?), None, as_json))
+            }
             "ending" => Ok(self.step(Input::Ending, None, as_json)),
             "restart" => {
                 self.leader = Leader::default();
@@ -109,8 +115,9 @@ impl ViewleaderScript {
                 request
             }
             ("report", [id]) => {
+                let view = self.view();
                 let groups = |key| -> Result<Vec<Value>, Failure> {
-                    given(command, key).into_iter().map(|text| in_group(text)).collect()
+                    given(command, key).into_iter().map(|text| in_group(&view, text)).collect()
                 };
                 let (ready, established) = (groups("ready")?, groups("established")?);
                 let requestor = identity(id);
@@ -157,7 +164,7 @@ impl ViewleaderScript {
     }
 
     /// The view, without letting time pass: asked for like by anybody.
-    fn view(&mut self) -> ringleader::view::View {
+    fn view(&mut self) -> View {
         let request = ViewRequest::QueryView(Default::default());
         let input = Input::Request { from: 0, host: Ipv4Addr::LOCALHOST, request };
         let mut effects = Vec::new();
@@ -182,9 +189,16 @@ fn identity(text: &str) -> Value {
     text.parse::<serde_json::Number>().map_or_else(|_| text.into(), Value::Number)
 }
 
-/// `ARC@N`: the arc that starts where the identity ARC stands, version N.
-fn in_group(text: &str) -> Result<Value, Failure> {
-    let (arc, version) = text.split_once('@').ok_or("a group is named as ARC@VERSION")?;
+/// `ARC@N`: version N of the group whose arc starts where the identity ARC
+/// stands.
+fn in_group(view: &View, text: &str) -> Result<Value, Failure> {
+    let (arc, version) = text.split_once('@').unwrap_or((text, ""));
     let start = Point::of(Identity::text(arc).as_str());
-    Ok(json!([start, version.parse::<u64>()?]))
+    let group = view.groups.iter().find(|group| group.start == start);
+    let version = match (version, group) {
+        ("", Some(group)) => group.version.0,
+        ("", None) => return Err(format!("there is no arc {arc}").into()),
+        (version, _) => version.parse()?,
+    };
+    Ok(json!([start, version]))
 }
