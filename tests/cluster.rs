@@ -52,8 +52,7 @@ impl Cluster {
         let data = tempfile::tempdir().unwrap();
         let mut viewleader = our_viewleader(0);
         let leader = viewleader.listening();
-        let mut cluster =
-            Self { viewleader, leader, servers: Vec::new(), lease, started: 0, data };
+        let mut cluster = Self { viewleader, leader, servers: Vec::new(), lease, started: 0, data };
         let mut programs: Vec<Program> = (0..count).map(|_| cluster.new_server()).collect();
         let addresses: Vec<_> = programs.iter_mut().map(Program::listening).collect();
         cluster.servers = addresses.into_iter().zip(programs).collect();

@@ -90,6 +90,8 @@ pub enum Event {
     Silence {
         /// Somebody may have carried out the request.
         sent: bool,
+        /// Somebody has taken the request and closed the connection.
+        closed: bool,
         /// What was tried, in words.
         why: String,
     },
@@ -141,6 +143,8 @@ pub enum Verdict {
 pub struct Operation {
     command: Command,
     stage: Stage,
+    /// Why the viewleader's help had to be done without.
+    alone: Option<String>,
 }
 
 #[derive(Debug)]
@@ -165,7 +169,12 @@ enum Stage {
     /// The end of the vote.
     Closing(Ballot, Closing),
     /// Waiting for a lock.
-    Locking { silences: u32 },
+    Locking {
+        /// Somebody has answered at least once.
+        heard: bool,
+        /// How many times in a row nobody has.
+        silences: u32,
+    },
     /// Leaving the queue of a lock.
     Leaving,
 }
@@ -189,7 +198,7 @@ enum Closing {
 impl Operation {
     /// A command that has not begun.
     pub fn new(command: Command) -> Self {
-        Self { command, stage: Stage::Asking { once: false } }
+        Self { command, stage: Stage::Asking { once: false }, alone: None }
     }
 
     /// Takes what has happened and says what is next.
@@ -197,7 +206,7 @@ impl Operation {
         match event {
             Event::Begin => self.begin(),
             Event::Answer { from, body } => self.answered(from, &body),
-            Event::Silence { sent, why } => self.silence(sent, why),
+            Event::Silence { sent, closed, why } => self.silence(sent, closed, why),
             Event::Waited => self.ask_for_lock(),
             Event::Interrupted => self.interrupted(),
         }
@@ -244,7 +253,7 @@ impl Operation {
     fn ask_for_lock(&mut self) -> Next {
         let Command::LockGet(call) = &self.command else { return self.begin() };
         if !matches!(self.stage, Stage::Locking { .. }) {
-            self.stage = Stage::Locking { silences: 0 };
+            self.stage = Stage::Locking { heard: false, silences: 0 };
         }
         // Asking twice is as good as asking once.
         Next::Ask(Whom::Viewleader, Question::View(ViewRequest::LockGet(call.clone())))
@@ -262,7 +271,9 @@ impl Operation {
     fn answered(&mut self, from: SocketAddrV4, body: &[u8]) -> Next {
         let reply: Value = match serde_json::from_slice(body) {
             Ok(reply) => reply,
-            Err(error) => return self.silence(true, format!("{from} answers no JSON: {error}")),
+            Err(error) => {
+                return self.silence(true, false, format!("{from} answers no JSON: {error}"));
+            }
         };
         let is_error = reply.get("error").is_some();
         match &mut self.stage {
@@ -329,8 +340,8 @@ impl Operation {
                 self.next_vote()
             }
             Stage::Closing(..) => self.next_closing(is_error),
-            Stage::Locking { silences } => {
-                *silences = 0;
+            Stage::Locking { heard, silences } => {
+                (*heard, *silences) = (true, 0);
                 if reply["status"] != "retry" {
                     return Next::Done(Conclusion::of(&reply, body));
                 }
@@ -351,7 +362,11 @@ impl Operation {
         }
     }
 
-    fn silence(&mut self, sent: bool, why: String) -> Next {
+    fn silence(&mut self, sent: bool, closed: bool, why: String) -> Next {
+        let why = match &self.alone {
+            Some(first) => format!("{first}; and {why}"),
+            None => why,
+        };
         let conclusion = |verdict, message| Next::Done(Conclusion::without_reply(verdict, message));
         match &mut self.stage {
             Stage::Asking { once: true } if sent => {
@@ -360,20 +375,22 @@ impl Operation {
             Stage::Asking { .. } | Stage::Probing(_) | Stage::Listing { .. } => {
                 conclusion(Verdict::Nobody, &why)
             }
-            // An original drops what it does not know; and if nobody is there at
-            // all, the next question finds that out.
-            Stage::Viewing if sent => self.ask_for_servers(),
-            Stage::Viewing | Stage::AskingForServers => match self.command.clone() {
+            // An original drops what it does not know.
+            Stage::Viewing if closed => self.ask_for_servers(),
+            Stage::Viewing | Stage::AskingForServers => {
                 // Groups with a live primary serve without a viewleader.
-                Command::Setr(key, val) => {
-                    self.ask_once(Public::Setr(Setr { key, val, direct: true }))
+                self.alone = Some(why.clone());
+                match self.command.clone() {
+                    Command::Setr(key, val) => {
+                        self.ask_once(Public::Setr(Setr { key, val, direct: true }))
+                    }
+                    Command::Getr(key) => {
+                        self.stage = Stage::Asking { once: false };
+                        Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
+                    }
+                    _ => conclusion(Verdict::Nobody, &why),
                 }
-                Command::Getr(key) => {
-                    self.stage = Stage::Asking { once: false };
-                    Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
-                }
-                _ => conclusion(Verdict::Nobody, &why),
-            },
+            }
             Stage::AtServers(_) if sent && matches!(self.command, Command::Setr(..)) => {
                 conclusion(Verdict::Unknown, &format!("{why}; it may or may not have been done"))
             }
@@ -386,9 +403,9 @@ impl Operation {
                 self.next_vote()
             }
             Stage::Closing(..) => self.next_closing(true),
-            Stage::Locking { silences } => {
+            Stage::Locking { heard, silences } => {
                 *silences += 1;
-                if *silences == 1 && !sent || *silences > MAX_SILENCE {
+                if !*heard || *silences > MAX_SILENCE {
                     return conclusion(Verdict::Nobody, &why);
                 }
                 Next::Wait(format!("{why}; asking again in {} s", LOCK_RETRY.as_secs()), LOCK_RETRY)
