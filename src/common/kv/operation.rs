@@ -13,7 +13,7 @@
 use super::Text;
 use super::messages::{Get, MAX_KEYS_PAGE, Print, Public, QueryAllKeys, Set, Setr};
 use super::ring::{self, Point};
-use crate::view::messages::{LockCall, QueryView, ViewAnswer, ViewRequest};
+use crate::view::messages::{Drain, LockCall, QueryView, ViewAnswer, ViewRequest};
 use crate::view::{Dialect, View};
 use crate::wire::{Reason, Refusal};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,12 @@ pub enum Command {
     LockGet(LockCall),
     /// Release a lock, or leave its queue.
     LockRelease(LockCall),
+    /// The cluster at a glance.
+    Status,
+    /// How far the rebalancing is.
+    RebalanceStatus,
+    /// Let a server leave once its data is elsewhere.
+    Drain(SocketAddrV4),
 }
 
 /// Who is to be asked.
@@ -230,6 +236,15 @@ impl Operation {
                 Next::Ask(Whom::Viewleader, Question::View(query))
             }
             Command::QueryServers => Next::Ask(Whom::Viewleader, probe),
+            Command::Status => Next::Ask(Whom::Viewleader, Question::View(ViewRequest::Status {})),
+            Command::RebalanceStatus => {
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::RebalanceStatus {}))
+            }
+            // Asking twice is as good as asking once.
+            Command::Drain(server) => {
+                let request = ViewRequest::Drain(Drain { server });
+                Next::Ask(Whom::Viewleader, Question::View(request))
+            }
             Command::LockGet(_) => self.ask_for_lock(),
             Command::LockRelease(call) => {
                 self.stage = Stage::Probing(Question::View(ViewRequest::LockRelease(call)));
