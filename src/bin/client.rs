@@ -1,19 +1,24 @@
 //! The client: one command, one reply.
 #![allow(missing_docs, reason = "a program's flags document themselves")]
+#![allow(clippy::disallowed_methods, reason = "a program around the shells")]
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use crossbeam_channel::bounded;
 use ringleader::kv::operation::{Command, Conclusion, Operation, Verdict};
 use ringleader::net::ask::{Asker, exit_status};
-use ringleader::net::{daemon, threads};
-use ringleader::view::messages::LockCall;
+use ringleader::net::{daemon, display, threads};
+use ringleader::view::messages::{Health, LockCall, RebalanceStatus};
 use ringleader::wire::{HostPort, Identity};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddrV4;
 use std::process::ExitCode;
 use std::time::Duration;
+
+/// How often `--watch` looks.
+const WATCH_GLANCE: Duration = Duration::from_millis(200);
 
 /// How long a command may be given with --timeout, in seconds.
 const MAX_TIMEOUT: f64 = 86_400.0;
@@ -129,6 +134,27 @@ enum Asked {
         /// The name of whoever holds it or waits for it
         client: String,
     },
+    /// Show the cluster at a glance: servers, leases, and which arcs are short, moving or lost
+    ///
+    /// A table on a terminal, else one line of JSON.
+    Status {
+        /// One line of JSON in any case
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how far the rebalancing is: arcs, keys, bytes, and the time that is left
+    #[command(name = "rebalance_status")]
+    RebalanceStatus {
+        /// Stay until it is complete, with a progress bar on a terminal
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Let a server leave: its data is moved elsewhere first, then its program ends
+    Drain {
+        /// Where the server listens, as `query_servers` lists it
+        #[arg(value_name = "IP:PORT")]
+        server: SocketAddrV4,
+    },
     /// Print the completions of a shell: `client completions bash >> ~/.bashrc`
     Completions {
         /// Which shell
@@ -146,6 +172,7 @@ fn timeout(text: &str) -> Result<f64, String> {
 fn main() -> ExitCode {
     let flags = Flags::parse();
     let lock_call = |lockid, client: String| LockCall { lockid, requestor: Identity::text(client) };
+    let (mut as_table, mut watch) = (false, false);
     let command = match flags.command {
         Asked::Print { text } => Command::Print(text),
         Asked::Set { key, value } => Command::Set(key.into(), value.into()),
@@ -156,6 +183,15 @@ fn main() -> ExitCode {
         Asked::QueryServers => Command::QueryServers,
         Asked::LockGet { lock, client } => Command::LockGet(lock_call(lock, client)),
         Asked::LockRelease { lock, client } => Command::LockRelease(lock_call(lock, client)),
+        Asked::Status { json } => {
+            as_table = !json && io::stdout().is_terminal();
+            Command::Status
+        }
+        Asked::RebalanceStatus { watch: stay } => {
+            watch = stay;
+            Command::RebalanceStatus
+        }
+        Asked::Drain { server } => Command::Drain(server),
         Asked::Completions { shell } => {
             clap_complete::generate(shell, &mut Flags::command(), "client", &mut io::stdout());
             return ExitCode::SUCCESS;
@@ -166,7 +202,8 @@ fn main() -> ExitCode {
         viewleaders: flags.viewleader,
         timeout: Duration::from_secs_f64(flags.timeout),
     };
-    let conclusion = match run(&asker, command) {
+    let outcome = if watch { stay_until_complete(&asker) } else { run(&asker, command) };
+    let conclusion = match outcome {
         Ok(conclusion) => conclusion,
         Err(error) => {
             say(&error.to_string());
@@ -177,9 +214,29 @@ fn main() -> ExitCode {
         say(message);
     }
     if let Some(reply) = &conclusion.reply {
-        daemon::print_line(reply);
+        match serde_json::from_str::<Health>(reply) {
+            Ok(health) if as_table => daemon::print_line(&display::health(&health)),
+            _ => daemon::print_line(reply),
+        }
     }
     ExitCode::from(exit_status(conclusion.verdict))
+}
+
+/// Asks how far the rebalancing is until it is complete.
+fn stay_until_complete(asker: &Asker) -> io::Result<Conclusion> {
+    let bar = display::Progress::default();
+    loop {
+        let conclusion = run(asker, Command::RebalanceStatus)?;
+        let status = conclusion.reply.as_deref().map(serde_json::from_str::<RebalanceStatus>);
+        match status {
+            Some(Ok(status)) if status.moving => bar.show(&status),
+            _ => {
+                bar.end();
+                return Ok(conclusion);
+            }
+        }
+        std::thread::sleep(WATCH_GLANCE);
+    }
 }
 
 /// Only a command that waits can be interrupted in order; any other is left to

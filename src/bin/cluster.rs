@@ -36,7 +36,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Runs a whole cluster on this machine: a viewleader and some servers, on
 /// 127.0.0.1. Shows a short session, then stays until Ctrl-C or SIGTERM.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "cluster", version, max_term_width = 100)]
 struct Flags {
     /// How many servers
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=100))]
@@ -91,7 +91,9 @@ struct Cluster {
 
 impl Cluster {
     fn start(&mut self, flags: &Flags, end: &AtomicBool) -> Result<(), Box<dyn Error>> {
-        self.start_one(flags, "viewleader", "viewleader", PortRange::VIEWLEADER, &[])?;
+        let data_dir = flags.data_dir.join("viewleader").display().to_string();
+        let arguments = ["--data-dir".to_owned(), data_dir];
+        self.start_one(flags, "viewleader", "viewleader", PortRange::VIEWLEADER, &arguments)?;
         let viewleader = self.daemons[0].address;
         for number in 1..=flags.servers {
             if end.load(Ordering::Relaxed) {

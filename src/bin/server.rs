@@ -1,11 +1,14 @@
 //! A server: a place on the ring, and the data that belongs there.
 #![allow(missing_docs, reason = "a program's flags document themselves")]
+#![allow(clippy::disallowed_methods, reason = "a program may draw from the system's randomness")]
 
 use clap::Parser;
-use ringleader::kv::server::DEFAULT_LEASE;
+use ringleader::kv::server::{DEFAULT_FETCH_RATE, DEFAULT_LEASE, Settings};
 use ringleader::net::daemon::{self, DataDir, End};
 use ringleader::net::listen::{self, MAX_CONNECTIONS};
-use ringleader::net::serve_kv::{KvShell, Settings};
+use ringleader::net::serve_kv::KvShell;
+use ringleader::store::Durability;
+use ringleader::store::disk::DiskStore;
 use ringleader::view::leader::{MAX_LEASE, MIN_LEASE};
 use ringleader::wire::HostPort;
 use ringleader::wire::address::PortRange;
@@ -20,7 +23,7 @@ use std::time::Duration;
 /// unless told otherwise, prints `listening on IP:PORT` once it serves, and
 /// joins the cluster of its viewleader as soon as that can be reached.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "server", version, max_term_width = 100)]
 struct Flags {
     /// Where the viewleader is: HOST (ports 39000 to 39009 are tried) or HOST:PORT; several with commas
     #[arg(
@@ -43,6 +46,16 @@ struct Flags {
     /// Where this server keeps what must outlive it [default: ./data/server-PORT]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+
+    /// When a write is on the disk: `always` before it is acknowledged, `interval` within 100 ms,
+    /// `none` when the system sees fit. None of them loses anything when a process is killed; the
+    /// latter two can lose the last writes when all three machines of a key lose power at once
+    #[arg(long, default_value_t = Durability::Always)]
+    durability: Durability,
+
+    /// How many bytes a second this server fetches at most when data moves
+    #[arg(long, value_name = "BYTES", default_value_t = DEFAULT_FETCH_RATE)]
+    rebalance_rate: u64,
 
     /// How long a lease to ask the viewleader for: others take over this long after a failure
     #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_LEASE.as_secs_f64(), value_parser = lease)]
@@ -86,12 +99,17 @@ fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     };
     let data_dir = flags.data_dir.clone();
     let data_dir = data_dir.unwrap_or_else(|| format!("data/server-{}", bound.port()).into());
-    let _data = DataDir::take(&data_dir)?;
-    let shell = KvShell::start(&Settings {
+    let data = DataDir::take(&data_dir)?;
+    let store = DiskStore::open(&data.store(), flags.durability)?;
+    let settings = Settings {
         address: flags.advertise.unwrap_or_else(|| daemon::reachable_at(bound)),
         lease: Duration::from_secs_f64(flags.lease),
-        viewleaders: flags.viewleader.clone(),
-    })?;
+        fetch_rate: flags.rebalance_rate,
+        synced: flags.durability == Durability::Always,
+        drawn: rand::random(),
+    };
+    let handle = end.handle();
+    let shell = KvShell::start(settings, &flags.viewleader, store, move || handle.close())?;
     let connections = listen::serve(listener, flags.max_connections, shell)?;
     daemon::print_line(&format!("listening on {bound}"));
     end.wait();

@@ -2,11 +2,14 @@
 #![allow(missing_docs, reason = "a program's flags document themselves")]
 
 use clap::Parser;
-use ringleader::net::daemon::{self, End};
+use ringleader::net::daemon::{self, DataDir, End};
 use ringleader::net::listen::{self, MAX_CONNECTIONS};
 use ringleader::net::serve_view::ViewShell;
+use ringleader::store::Durability;
+use ringleader::store::disk::DiskStore;
 use ringleader::wire::HostPort;
 use ringleader::wire::address::PortRange;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -16,11 +19,15 @@ use std::sync::Arc;
 /// It listens on the first free port of 39000 to 39009, on all addresses,
 /// unless told otherwise, and prints `listening on IP:PORT` once it serves.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "viewleader", version, max_term_width = 100)]
 struct Flags {
     /// Where to listen: IP or IP:PORT (port 0: any free one)
     #[arg(long, value_name = "IP[:PORT]", default_value = "0.0.0.0")]
     listen: HostPort,
+
+    /// Where the viewleader keeps what must outlive it [default: ./data/viewleader-PORT]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
 
     /// How many connections are served at once
     #[arg(long, value_name = "N", default_value_t = MAX_CONNECTIONS)]
@@ -48,7 +55,10 @@ fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     }
     let listener = listen::bind(&flags.listen, PortRange::VIEWLEADER)?;
     let address = listener.local_addr()?;
-    let shell = ViewShell::start()?;
+    let data_dir = flags.data_dir.clone();
+    let data_dir = data_dir.unwrap_or_else(|| format!("data/viewleader-{}", address.port()).into());
+    let data = DataDir::take(&data_dir)?;
+    let shell = ViewShell::start(DiskStore::open(&data.store(), Durability::Always)?)?;
     let connections = listen::serve(listener, flags.max_connections, Arc::clone(&shell))?;
     daemon::print_line(&format!("listening on {address}"));
     end.wait();

@@ -15,5 +15,6 @@
 pub mod kv;
 pub mod machine;
 pub mod net;
+pub mod store;
 pub mod view;
 pub mod wire;

@@ -4,7 +4,7 @@
 //! server passes on to the primary of a key, and [`Peer`] for what the replicas
 //! of a group say to each other.
 
-use super::table::Cursor;
+use super::table::{Cursor, Page};
 use super::{Entry, MAX_KEY_BYTES, MAX_VALUE_BYTES, Text, Version};
 use crate::kv::ring::Point;
 use crate::view::{Epoch, Revision};
@@ -183,7 +183,8 @@ pub struct Prepare {
     pub entries: Vec<Entry>,
 }
 
-/// The arguments of `fetch`.
+/// The arguments of `fetch`: what is there in a stretch of the arc that the
+/// caller has not?
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fetch {
     /// Where the arc starts.
@@ -193,6 +194,12 @@ pub struct Fetch {
     /// Where the page before this one ended; from the beginning without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Cursor>,
+    /// Where the stretch ends; at the end of the arc without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Cursor>,
+    /// What the caller has of the stretch, from its disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held: Vec<(Text, Version)>,
 }
 
 impl Request {
@@ -227,12 +234,18 @@ impl Request {
                 )));
             }
         };
-        request.check_sizes()?;
+        request.check()?;
         Ok(request)
     }
 
-    /// Refuses keys and values over the limits.
-    fn check_sizes(&self) -> Result<(), Refusal> {
+    /// Refuses keys and values over the limits, and versions that no primary
+    /// gives.
+    fn check(&self) -> Result<(), Refusal> {
+        if let Self::Peer(Peer::Prepare(prepare)) = self
+            && prepare.entries.iter().any(|entry| entry.version.number == 0)
+        {
+            return Err(Refusal::invalid("prepare: the versions of entries count from 1"));
+        }
         let (key, value) = match self {
             Self::Public(Public::Set(Set { key, val }) | Public::Setr(Setr { key, val, .. }))
             | Self::Op(
@@ -340,6 +353,11 @@ pub enum Answer {
     NoVote {},
     /// Nothing was done: not the primary of that key, or not serving yet.
     NotPrimary {},
+    /// Nothing was written: this server, which holds the key, has a full disk.
+    Full {
+        /// Where it is.
+        server: Option<SocketAddrV4>,
+    },
     /// It may or may not be committed.
     Unknown {},
     /// The replica follows the version.
@@ -353,12 +371,11 @@ pub enum Answer {
     Behind {},
     /// The receiver knows a newer version, or is not in the group.
     Stale {},
-    /// Committed entries.
+    /// What the caller lacks.
     Page {
-        /// The entries.
-        entries: Vec<Entry>,
-        /// Where to go on; nothing when this was the last page.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        next: Option<Cursor>,
+        /// As much of it as fits.
+        page: Page,
+        /// How many keys are left, about.
+        left: u64,
     },
 }

@@ -14,6 +14,7 @@
 //! commit; [`server`] is the machine that puts them together; [`operation`] is
 //! the client's side; [`messages`] is what servers understand.
 
+pub mod disk;
 pub mod marks;
 pub mod messages;
 pub mod operation;

@@ -13,7 +13,7 @@
 use super::Text;
 use super::messages::{Get, MAX_KEYS_PAGE, Print, Public, QueryAllKeys, Set, Setr};
 use super::ring::{self, Point};
-use crate::view::messages::{LockCall, QueryView, ViewAnswer, ViewRequest};
+use crate::view::messages::{Drain, LockCall, QueryView, ViewAnswer, ViewRequest};
 use crate::view::{Dialect, View};
 use crate::wire::{Reason, Refusal};
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,12 @@ pub enum Command {
     LockGet(LockCall),
     /// Release a lock, or leave its queue.
     LockRelease(LockCall),
+    /// The cluster at a glance.
+    Status,
+    /// How far the rebalancing is.
+    RebalanceStatus,
+    /// Let a server leave once its data is elsewhere.
+    Drain(SocketAddrV4),
 }
 
 /// Who is to be asked.
@@ -90,6 +96,8 @@ pub enum Event {
     Silence {
         /// Somebody may have carried out the request.
         sent: bool,
+        /// Somebody has taken the request and closed the connection.
+        closed: bool,
         /// What was tried, in words.
         why: String,
     },
@@ -141,6 +149,8 @@ pub enum Verdict {
 pub struct Operation {
     command: Command,
     stage: Stage,
+    /// Why the viewleader's help had to be done without.
+    alone: Option<String>,
 }
 
 #[derive(Debug)]
@@ -165,7 +175,12 @@ enum Stage {
     /// The end of the vote.
     Closing(Ballot, Closing),
     /// Waiting for a lock.
-    Locking { silences: u32 },
+    Locking {
+        /// Somebody has answered at least once.
+        heard: bool,
+        /// How many times in a row nobody has.
+        silences: u32,
+    },
     /// Leaving the queue of a lock.
     Leaving,
 }
@@ -189,7 +204,7 @@ enum Closing {
 impl Operation {
     /// A command that has not begun.
     pub fn new(command: Command) -> Self {
-        Self { command, stage: Stage::Asking { once: false } }
+        Self { command, stage: Stage::Asking { once: false }, alone: None }
     }
 
     /// Takes what has happened and says what is next.
@@ -197,7 +212,7 @@ impl Operation {
         match event {
             Event::Begin => self.begin(),
             Event::Answer { from, body } => self.answered(from, &body),
-            Event::Silence { sent, why } => self.silence(sent, why),
+            Event::Silence { sent, closed, why } => self.silence(sent, closed, why),
             Event::Waited => self.ask_for_lock(),
             Event::Interrupted => self.interrupted(),
         }
@@ -221,6 +236,15 @@ impl Operation {
                 Next::Ask(Whom::Viewleader, Question::View(query))
             }
             Command::QueryServers => Next::Ask(Whom::Viewleader, probe),
+            Command::Status => Next::Ask(Whom::Viewleader, Question::View(ViewRequest::Status {})),
+            Command::RebalanceStatus => {
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::RebalanceStatus {}))
+            }
+            // Asking twice is as good as asking once.
+            Command::Drain(server) => {
+                let request = ViewRequest::Drain(Drain { server });
+                Next::Ask(Whom::Viewleader, Question::View(request))
+            }
             Command::LockGet(_) => self.ask_for_lock(),
             Command::LockRelease(call) => {
                 self.stage = Stage::Probing(Question::View(ViewRequest::LockRelease(call)));
@@ -244,7 +268,7 @@ impl Operation {
     fn ask_for_lock(&mut self) -> Next {
         let Command::LockGet(call) = &self.command else { return self.begin() };
         if !matches!(self.stage, Stage::Locking { .. }) {
-            self.stage = Stage::Locking { silences: 0 };
+            self.stage = Stage::Locking { heard: false, silences: 0 };
         }
         // Asking twice is as good as asking once.
         Next::Ask(Whom::Viewleader, Question::View(ViewRequest::LockGet(call.clone())))
@@ -262,7 +286,9 @@ impl Operation {
     fn answered(&mut self, from: SocketAddrV4, body: &[u8]) -> Next {
         let reply: Value = match serde_json::from_slice(body) {
             Ok(reply) => reply,
-            Err(error) => return self.silence(true, format!("{from} answers no JSON: {error}")),
+            Err(error) => {
+                return self.silence(true, false, format!("{from} answers no JSON: {error}"));
+            }
         };
         let is_error = reply.get("error").is_some();
         match &mut self.stage {
@@ -329,8 +355,8 @@ impl Operation {
                 self.next_vote()
             }
             Stage::Closing(..) => self.next_closing(is_error),
-            Stage::Locking { silences } => {
-                *silences = 0;
+            Stage::Locking { heard, silences } => {
+                (*heard, *silences) = (true, 0);
                 if reply["status"] != "retry" {
                     return Next::Done(Conclusion::of(&reply, body));
                 }
@@ -351,7 +377,11 @@ impl Operation {
         }
     }
 
-    fn silence(&mut self, sent: bool, why: String) -> Next {
+    fn silence(&mut self, sent: bool, closed: bool, why: String) -> Next {
+        let why = match &self.alone {
+            Some(first) => format!("{first}; and {why}"),
+            None => why,
+        };
         let conclusion = |verdict, message| Next::Done(Conclusion::without_reply(verdict, message));
         match &mut self.stage {
             Stage::Asking { once: true } if sent => {
@@ -360,20 +390,22 @@ impl Operation {
             Stage::Asking { .. } | Stage::Probing(_) | Stage::Listing { .. } => {
                 conclusion(Verdict::Nobody, &why)
             }
-            // An original drops what it does not know; and if nobody is there at
-            // all, the next question finds that out.
-            Stage::Viewing if sent => self.ask_for_servers(),
-            Stage::Viewing | Stage::AskingForServers => match self.command.clone() {
+            // An original drops what it does not know.
+            Stage::Viewing if closed => self.ask_for_servers(),
+            Stage::Viewing | Stage::AskingForServers => {
                 // Groups with a live primary serve without a viewleader.
-                Command::Setr(key, val) => {
-                    self.ask_once(Public::Setr(Setr { key, val, direct: true }))
+                self.alone = Some(why.clone());
+                match self.command.clone() {
+                    Command::Setr(key, val) => {
+                        self.ask_once(Public::Setr(Setr { key, val, direct: true }))
+                    }
+                    Command::Getr(key) => {
+                        self.stage = Stage::Asking { once: false };
+                        Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
+                    }
+                    _ => conclusion(Verdict::Nobody, &why),
                 }
-                Command::Getr(key) => {
-                    self.stage = Stage::Asking { once: false };
-                    Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
-                }
-                _ => conclusion(Verdict::Nobody, &why),
-            },
+            }
             Stage::AtServers(_) if sent && matches!(self.command, Command::Setr(..)) => {
                 conclusion(Verdict::Unknown, &format!("{why}; it may or may not have been done"))
             }
@@ -386,9 +418,9 @@ impl Operation {
                 self.next_vote()
             }
             Stage::Closing(..) => self.next_closing(true),
-            Stage::Locking { silences } => {
+            Stage::Locking { heard, silences } => {
                 *silences += 1;
-                if *silences == 1 && !sent || *silences > MAX_SILENCE {
+                if !*heard || *silences > MAX_SILENCE {
                     return conclusion(Verdict::Nobody, &why);
                 }
                 Next::Wait(format!("{why}; asking again in {} s", LOCK_RETRY.as_secs()), LOCK_RETRY)

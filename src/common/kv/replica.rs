@@ -23,6 +23,7 @@
 //! What it has fetched stays right under later versions, as long as it stays in
 //! the group: every write since then has needed its acknowledgement.
 
+use super::disk::Seat;
 use super::messages::InGroup;
 use super::ring::{Arc, Point};
 use super::server::OpId;
@@ -44,6 +45,8 @@ pub struct Fellow {
     pub id: Identity,
     /// Where it listens.
     pub address: SocketAddrV4,
+    /// Its disk has no room.
+    pub full: bool,
 }
 
 /// A set of fellows, by their index.
@@ -88,6 +91,8 @@ pub struct Pending {
     pub asked: Fellows,
     /// At the primary: the fellows that have prepared it under this version.
     pub acknowledged: Fellows,
+    /// It is on this server's disk.
+    pub stored: bool,
     /// The operation that waits for it.
     pub op: Option<OpId>,
 }
@@ -115,6 +120,8 @@ pub struct Primary {
 pub enum Fetched {
     /// Everything up to here.
     UpTo(Option<Cursor>),
+    /// All of it, and the last page is on its way to the disk.
+    Storing,
     /// All of it.
     All,
 }
@@ -140,6 +147,10 @@ pub struct Replica {
     pub fetched: Fetched,
     /// A page has been asked for and has not come yet.
     pub fetching: bool,
+    /// How many keys are left to fetch, about.
+    pub left: u64,
+    /// Everything up to this version is committed, as far as this server knows.
+    pub committed: Version,
     /// The view counts it as ready.
     pub counted_ready: bool,
     /// The view knows that this version is established.
@@ -171,6 +182,7 @@ impl Replica {
             if let Some(now) = self.pending.get_mut(&version) {
                 now.op = now.op.or(known.op);
                 (now.asked, now.acknowledged) = (known.asked, known.acknowledged);
+                now.stored |= known.stored;
             }
         }
     }
@@ -191,11 +203,23 @@ impl Replica {
         }
     }
 
-    /// At the primary: whether every fellow has acknowledged the pending entry
-    /// `version`.
-    pub fn is_acknowledged(&self, version: Version) -> bool {
+    /// At the primary: whether the pending entry `version` is on every disk: the
+    /// fellows', who have acknowledged it, and this server's.
+    pub fn is_everywhere(&self, version: Version) -> bool {
         let all = Fellows::all(self.fellows.len());
-        self.pending.get(&version).is_some_and(|pending| pending.acknowledged == all)
+        let pending = self.pending.get(&version);
+        pending.is_some_and(|pending| pending.stored && pending.acknowledged == all)
+    }
+
+    /// What the disk is to know of this server's part in the group.
+    pub fn seat(&self) -> Seat {
+        Seat {
+            start: self.arc.start,
+            end: self.arc.end,
+            since: self.since,
+            complete: self.fetched == Fetched::All,
+            committed: self.committed,
+        }
     }
 
     /// Splits off what stands in `arc`, a part of this replica's arc that has
@@ -218,6 +242,8 @@ impl Replica {
             pending_bytes: 0,
             fetched: self.fetched_in(arc),
             fetching: false,
+            left: 0,
+            committed: self.committed,
             counted_ready: self.counted_ready,
             counted_established: false,
         };

@@ -25,8 +25,16 @@ const IDENTITY_CANDIDATES: usize = 256;
 
 /// A place on the ring, below [`RING_POINTS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "u16")]
 pub struct Point(u16);
+
+impl TryFrom<u16> for Point {
+    type Error = String;
+
+    fn try_from(number: u16) -> Result<Self, String> {
+        Self::new(number).ok_or_else(|| format!("the ring has no point {number}"))
+    }
+}
 
 impl Point {
     /// Where `text` stands: SHA-1 of its UTF-8 bytes, as a big-endian integer,
@@ -49,6 +57,16 @@ impl Point {
     pub fn at(number: u16) -> Self {
         assert!(number < RING_POINTS, "the ring has no point {number}");
         Self(number)
+    }
+
+    /// Every point.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..RING_POINTS).map(Self)
+    }
+
+    /// The point with this number, if there is one.
+    pub fn new(number: u16) -> Option<Self> {
+        (number < RING_POINTS).then_some(Self(number))
     }
 
     /// The number of the point.

@@ -25,10 +25,42 @@ pub struct Versioned {
 
 #[derive(Debug, Default)]
 struct Slot {
+    /// From the disk, and not known to be right any more. Nobody sees it; it is
+    /// compared with what the primary has.
+    old: Option<Versioned>,
     committed: Option<Versioned>,
     /// Sorted by version, all above the committed one. Nearly always empty or
     /// of one element.
     prepared: Vec<Versioned>,
+}
+
+impl Slot {
+    fn settle_old(&mut self, is_right: bool) {
+        let Some(old) = self.old.take() else { return };
+        let newest =
+            self.committed.as_ref().is_none_or(|committed| committed.version < old.version);
+        if is_right && newest {
+            self.prepared.retain(|prepared| prepared.version > old.version);
+            self.committed = Some(old);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.old.is_none() && self.committed.is_none() && self.prepared.is_empty()
+    }
+}
+
+/// What a replica that is not ready lacks of a stretch of its arc.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Page {
+    /// Entries that it has not, or has in another version.
+    pub entries: Vec<Entry>,
+    /// Keys that it has and that there are not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<Text>,
+    /// Where to go on; nothing when the stretch is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Cursor>,
 }
 
 /// A place in an arc: everything up to this key, going up the ring, is done.
@@ -36,8 +68,8 @@ struct Slot {
 pub struct Cursor {
     /// Where the key stands.
     pub point: Point,
-    /// The key; `None` stands for all keys at the point.
-    pub key: Option<Text>,
+    /// The key.
+    pub key: Text,
 }
 
 /// All values of one server, by place and key.
@@ -104,6 +136,26 @@ impl Table {
         }
     }
 
+    /// Takes the committed entry that a primary has for a key in a stretch that is
+    /// being compared; what was there from before is out of date. Returns whether
+    /// it was news, rather than something that has been fetched already.
+    pub fn replace(&mut self, point: Point, entry: Entry) -> bool {
+        let slot = self.place_mut(point).entry(Text::clone(&entry.key)).or_default();
+        slot.old = None;
+        let is_news =
+            slot.committed.as_ref().is_none_or(|committed| committed.version != entry.version);
+        self.insert(point, entry);
+        is_news
+    }
+
+    /// From now on nothing at `point` is known to be right.
+    pub fn age(&mut self, point: Point) {
+        for slot in self.place_mut(point).values_mut() {
+            let newest = slot.prepared.drain(..).next_back().or(slot.committed.take());
+            slot.old = newest.or(slot.old.take());
+        }
+    }
+
     /// The prepared entry of `key` with this version, if no newer one has
     /// superseded it.
     pub fn prepared(&self, point: Point, key: &Text, version: Version) -> Option<Entry> {
@@ -112,37 +164,128 @@ impl Table {
         Some(Entry { key: Text::clone(key), version, value: Text::clone(&found.value) })
     }
 
-    /// Committed entries of `arc` behind `after`, in the order of the ring: as
-    /// many as fit in a message. With them, where the next page starts, or
-    /// `None` when this is the last one.
-    pub fn page(&self, arc: Arc, after: Option<&Cursor>) -> (Vec<Entry>, Option<Cursor>) {
-        let mut entries = Vec::new();
-        let mut bytes = 0;
-        let skip = after.map_or(0, |cursor| cursor.point.distance_from(arc.start));
-        for point in arc.points().skip(usize::from(skip)) {
-            let behind = match after.filter(|cursor| cursor.point == point) {
-                None => Bound::Unbounded,
-                Some(Cursor { key: Some(key), .. }) => Bound::Excluded(&**key),
-                Some(Cursor { key: None, .. }) => continue,
-            };
-            for (key, slot) in self.place(point).range::<str, _>((behind, Bound::Unbounded)) {
-                let Some(Versioned { version, value }) = &slot.committed else { continue };
-                let (key, value) = (Text::clone(key), Text::clone(value));
-                let entry = Entry { key, version: *version, value };
-                bytes += entry.bytes();
-                entries.push(entry);
-                if bytes >= MAX_BATCH_BYTES {
-                    let key = entries.last().map(|entry| Text::clone(&entry.key));
-                    return (entries, Some(Cursor { point, key }));
-                }
-            }
-        }
-        (entries, None)
+    /// Takes an entry from the disk that may be out of date.
+    pub fn load_old(&mut self, point: Point, entry: Entry) {
+        let slot = self.place_mut(point).entry(entry.key).or_default();
+        slot.old = Some(Versioned { version: entry.version, value: entry.value });
     }
 
-    /// Forgets everything at `point`.
-    pub fn clear(&mut self, point: Point) {
-        self.place_mut(point).clear();
+    /// Everything old at `point` is right after all.
+    pub fn trust_old(&mut self, point: Point) {
+        for slot in self.place_mut(point).values_mut() {
+            slot.settle_old(true);
+        }
+    }
+
+    /// What is held of `arc` from the disk behind `after`, up to `limit` keys, and
+    /// up to where that goes; `None` is the end of the arc.
+    pub fn old(
+        &self,
+        arc: Arc,
+        after: Option<&Cursor>,
+        limit: usize,
+    ) -> (Vec<(Text, Version)>, Option<Cursor>) {
+        let mut held = Vec::new();
+        for (point, key, slot) in self.slots(arc, after, None) {
+            let Some(old) = &slot.old else { continue };
+            held.push((Text::clone(key), old.version));
+            if held.len() >= limit {
+                return (held, Some(Cursor { point, key: Text::clone(key) }));
+            }
+        }
+        (held, None)
+    }
+
+    /// The old value of `key` has been compared: it is right, or it is not and
+    /// goes. Returns whether the key is not held any more.
+    pub fn settle_old(&mut self, point: Point, key: &str, is_right: bool) -> bool {
+        let slots = self.place_mut(point);
+        let Some(slot) = slots.get_mut(key) else { return false };
+        slot.settle_old(is_right);
+        let is_empty = slot.is_empty();
+        if is_empty {
+            slots.remove(key);
+        }
+        is_empty
+    }
+
+    /// The slots of `arc` behind `after` and up to `until`, in the order of the
+    /// ring.
+    fn slots<'a>(
+        &'a self,
+        arc: Arc,
+        after: Option<&'a Cursor>,
+        until: Option<&'a Cursor>,
+    ) -> impl Iterator<Item = (Point, &'a Text, &'a Slot)> {
+        let first = after.map_or(0, |cursor| cursor.point.distance_from(arc.start));
+        let last = until.map_or(u16::MAX, |cursor| cursor.point.distance_from(arc.start));
+        let points = arc.points().skip(usize::from(first));
+        let points = points.take(usize::from(last.saturating_sub(first)).saturating_add(1));
+        points.flat_map(move |point| {
+            let behind = match after.filter(|cursor| cursor.point == point) {
+                None => Bound::Unbounded,
+                Some(cursor) => Bound::Excluded(&*cursor.key),
+            };
+            let up_to = match until.filter(|cursor| cursor.point == point) {
+                None => Bound::Unbounded,
+                Some(cursor) => Bound::Included(&*cursor.key),
+            };
+            // A range that would end before it begins is empty, and not allowed.
+            let is_empty =
+                matches!((behind, up_to), (Bound::Excluded(a), Bound::Included(b)) if a >= b);
+            let slots = (!is_empty).then(|| self.place(point).range::<str, _>((behind, up_to)));
+            let slots = slots.map(|slots| slots.map(move |(key, slot)| (point, key, slot)));
+            slots.into_iter().flatten()
+        })
+    }
+
+    /// The committed entries of `arc` behind `after` and up to `until` which are
+    /// not in `held` with the same version: as many as fit in a message. With
+    /// them, the keys in `held` that there are none of, and where the next page
+    /// starts; `None` when this one reaches `until`.
+    pub fn page(
+        &self,
+        arc: Arc,
+        after: Option<&Cursor>,
+        until: Option<&Cursor>,
+        held: Vec<(Text, Version)>,
+    ) -> Page {
+        let mut held: BTreeMap<(u16, Text), Version> = held
+            .into_iter()
+            .map(|(key, version)| ((Point::of(&key).distance_from(arc.start), key), version))
+            .collect();
+        let mut page = Page::default();
+        let mut bytes = 0;
+        for (point, key, slot) in self.slots(arc, after, until) {
+            let Some(Versioned { version, value }) = &slot.committed else { continue };
+            let place = (point.distance_from(arc.start), Text::clone(key));
+            if held.remove(&place) == Some(*version) {
+                continue;
+            }
+            let entry = Entry { key: place.1, version: *version, value: Text::clone(value) };
+            bytes += entry.bytes();
+            page.entries.push(entry);
+            if bytes >= MAX_BATCH_BYTES {
+                let next = Cursor { point, key: Text::clone(key) };
+                let reached = (point.distance_from(arc.start), Text::clone(key));
+                held.retain(|place, _| *place <= reached);
+                page.next = Some(next);
+                break;
+            }
+        }
+        page.gone = held.into_keys().map(|(_, key)| key).collect();
+        page
+    }
+
+    /// How many keys of `arc` lie behind `after`, about.
+    pub fn count(&self, arc: Arc, after: Option<&Cursor>) -> u64 {
+        let first = after.map_or(0, |cursor| cursor.point.distance_from(arc.start));
+        arc.points().skip(usize::from(first)).map(|point| self.place(point).len() as u64).sum()
+    }
+
+    /// Forgets everything at `point`, and says which keys there were.
+    pub fn clear(&mut self, point: Point) -> impl Iterator<Item = Text> {
+        std::mem::take(self.place_mut(point)).into_keys()
     }
 
     /// Every key with a committed or a prepared value, with its place, in the
@@ -162,6 +305,8 @@ impl Table {
                 _ => Bound::Unbounded,
             };
             let held = slots.range::<str, _>((behind, Bound::Unbounded));
+            let held =
+                held.filter(|(_, slot)| slot.committed.is_some() || !slot.prepared.is_empty());
             held.map(move |(key, _)| (point, key))
         })
     }
@@ -236,7 +381,7 @@ mod tests {
         }
         let (mut seen, mut after, mut pages) = (Vec::new(), None, 0);
         loop {
-            let (entries, next) = table.page(arc, after.as_ref());
+            let Page { entries, next, .. } = table.page(arc, after.as_ref(), None, Vec::new());
             seen.extend(entries.iter().map(|entry| entry.key.to_string()));
             pages += 1;
             match next {

@@ -2,6 +2,7 @@
 
 use super::call::{self, CallFailure, Caller, Patience, Walked};
 use crate::kv::operation::{Conclusion, Event, Next, Operation, Question, Verdict, Whom};
+use crate::view::messages::ViewRequest;
 use crate::wire::HostPort;
 use crate::wire::address::PortRange;
 use crossbeam_channel::Receiver;
@@ -56,8 +57,16 @@ impl Asker {
             Ok(addresses) => addresses,
             Err(error) => {
                 let why = format!("no {kind} can be found: {error}");
-                return Event::Silence { sent: false, why };
+                return Event::Silence { sent: false, closed: false, why };
             }
+        };
+        let deadline = match question {
+            // Without the view a server can be asked all the same: leave it time.
+            Question::View(ViewRequest::QueryView(_)) => {
+                let now = Instant::now();
+                now + deadline.saturating_duration_since(now) / 2
+            }
+            _ => deadline,
         };
         match call::walk(&addresses, question, Patience::Until(deadline)).0 {
             Walked::Answer { from, body } | Walked::Refused { from, body } => {
@@ -65,6 +74,7 @@ impl Asker {
             }
             Walked::Silence(tried) => Event::Silence {
                 sent: tried.iter().any(|(_, failure)| failure.was_sent()),
+                closed: tried.iter().any(|(_, failure)| matches!(failure, CallFailure::Closed)),
                 why: silence_of(kind, hosts, range, &tried),
             },
         }
@@ -76,7 +86,8 @@ fn ask_at(server: SocketAddrV4, question: &Question, deadline: Instant) -> Event
     match asked {
         Ok(body) => Event::Answer { from: server, body },
         Err(failure) => {
-            Event::Silence { sent: failure.was_sent(), why: format!("{server}: {failure}") }
+            let closed = matches!(failure, CallFailure::Closed);
+            Event::Silence { sent: failure.was_sent(), closed, why: format!("{server}: {failure}") }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::threads;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, IsTerminal, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
@@ -32,8 +32,10 @@ pub fn log_to_stderr(filter: Option<&str>) -> Result<(), Box<dyn std::error::Err
         Some(text) => EnvFilter::try_new(text).map_err(|error| {
             format!("--log {text}: {error}; write a level: error, warn, info, debug, trace")
         })?,
-        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+        None => EnvFilter::try_from_default_env()
+            .unwrap_or_else(|_| EnvFilter::new("info,fjall=warn,lsm_tree=warn")),
     };
+    end_on_panic();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
@@ -42,6 +44,22 @@ pub fn log_to_stderr(filter: Option<&str>) -> Result<(), Box<dyn std::error::Err
         .try_init()
         .map_err(|error| format!("can't log: {error}"))?;
     Ok(())
+}
+
+/// A panic is a bug. Whatever it has left half done under a lock, nobody goes on
+/// with: the process ends, and the others take over.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::exit(101);
+    }));
+}
+
+/// Ends this process at once: going on could do harm.
+pub fn die(why: &str) -> ! {
+    tracing::error!("{why}");
+    std::process::exit(1)
 }
 
 /// Prints a line on standard output, at once. Somebody who reads no more is no
@@ -78,12 +96,17 @@ impl End {
         Ok(())
     }
 
+    /// What ends this process from within, when closed.
+    pub fn handle(&self) -> Handle {
+        self.0.handle()
+    }
+
     /// Waits until this process is asked to end.
     pub fn wait(mut self) {
         let why = match self.0.forever().next() {
             Some(SIGINT) => "SIGINT",
             Some(_) => "SIGTERM",
-            None => "standard input is closed",
+            None => "nothing is left to do",
         };
         tracing::info!("{why}: ending");
     }
@@ -98,6 +121,11 @@ pub struct DataDir {
 }
 
 impl DataDir {
+    /// Where the store in it is.
+    pub fn store(&self) -> PathBuf {
+        self.path.join("store")
+    }
+
     /// Takes the directory at `path`, which is made if it isn't there.
     ///
     /// # Errors

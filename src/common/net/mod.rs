@@ -21,6 +21,8 @@ pub mod children;
 pub mod clock;
 pub mod connection;
 pub mod daemon;
+pub mod display;
+pub mod journal;
 pub mod links;
 pub mod listen;
 pub mod serve_kv;

@@ -4,13 +4,17 @@ use super::call::{CallFailure, Walked, Walker};
 use super::clock::Clock;
 use super::connection::{Class, Service, Ticket};
 use super::daemon;
+use super::journal::Journal;
 use super::links::Links;
 use super::threads;
+use crate::kv::disk::{self, Record};
 use crate::kv::messages::{Public, Reply, Request};
 use crate::kv::server::{
-    BEATS_PER_LEASE, CallError, Effect, Input, Server, ViewCall, ViewError, ViewNews, WATCH,
+    BEATS_PER_LEASE, CallError, Effect, Input, Server, Settings, ViewCall, ViewError, ViewNews,
+    WATCH,
 };
 use crate::machine::Machine;
+use crate::store::Store;
 use crate::view::messages::{HeartbeatReply, ViewAnswer, ViewRequest};
 use crate::wire::address::PortRange;
 use crate::wire::{HostPort, Refusal};
@@ -18,8 +22,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde::de::DeserializeOwned;
-use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::error::Error;
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -32,57 +36,74 @@ const VIEW_CALL_SLACK: Duration = Duration::from_secs(2);
 
 type To = Ticket<Reply>;
 
-/// What a server is started with.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Where others reach it.
-    pub address: SocketAddrV4,
-    /// How long a lease it asks for.
-    pub lease: Duration,
-    /// Where to look for the viewleader.
-    pub viewleaders: Vec<HostPort>,
-}
-
 /// A server behind a listener.
 pub struct KvShell {
     clock: Clock,
     machine: Mutex<Server<To>>,
     links: Links,
+    journal: Journal,
     beats: Sender<ViewCall>,
     views: Sender<ViewCall>,
     reports: Sender<ViewCall>,
+    left: Box<dyn Fn() + Send + Sync>,
 }
 
 impl KvShell {
-    /// A server that begins to look for its viewleader.
+    /// A server that goes on with what `store` holds and begins to look for its
+    /// viewleader at `viewleaders`. `left` is called when it has left the cluster
+    /// as it was told to.
     ///
     /// # Errors
-    /// When the system has no room for its threads.
-    pub fn start(settings: &Settings) -> io::Result<Arc<Self>> {
+    /// When the store can't be read, or the system has no room for threads.
+    pub fn start(
+        settings: Settings,
+        viewleaders: &[HostPort],
+        store: impl Store,
+        left: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, Box<dyn Error>> {
+        let recovered = disk::recover(&store)?;
+        tracing::info!("{} keys on the disk", recovered.entries.len());
         let rng = StdRng::from_rng(&mut rand::rng());
+        let beat_limit = settings.lease / BEATS_PER_LEASE;
         let [beats, views, reports] = [(); 3].map(|()| bounded(1));
         let shell = Arc::new_cyclic(|this: &Weak<Self>| {
             let inbox = this.clone();
             Self {
                 clock: Clock::default(),
-                machine: Mutex::new(Server::new(settings.address, settings.lease, rng)),
+                machine: Mutex::new(Server::new(settings, recovered, rng)),
                 links: Links::new(Arc::new(move |call, result| {
                     if let Some(shell) = inbox.upgrade() {
                         shell.step(Input::Answered { call, result });
                     }
                 })),
+                journal: Journal::default(),
                 beats: beats.0,
                 views: views.0,
                 reports: reports.0,
+                left: Box::new(left),
             }
         });
-        let beat_limit = settings.lease / BEATS_PER_LEASE;
+        let (room, stored) = (Arc::downgrade(&shell), Arc::downgrade(&shell));
+        shell.journal.start(
+            store,
+            move |is_room| {
+                if let Some(shell) = room.upgrade() {
+                    shell.step(Input::Room(is_room));
+                }
+            },
+            move |batch| {
+                if let Some(shell) = stored.upgrade() {
+                    shell.step(Input::Stored { batch });
+                    shell.journal.flush();
+                }
+            },
+        )?;
         for (name, calls, limit) in [
             ("heartbeats", beats.1, beat_limit),
             ("views", views.1, WATCH + VIEW_CALL_SLACK),
             ("reports", reports.1, VIEW_CALL_SLACK),
         ] {
-            let walker = Walker::new(settings.viewleaders.clone(), PortRange::VIEWLEADER);
+            let walker = Walker::new(viewleaders.to_vec(), PortRange::VIEWLEADER);
             let shell = Arc::downgrade(&shell);
             threads::start(name, move || call_viewleader(&shell, &calls, walker, limit))?;
         }
@@ -103,13 +124,18 @@ impl KvShell {
             let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
             let now = self.clock.now();
             machine.step(now, input, &mut effects);
-            // Calls are queued under the lock, so that they go out in order.
+            // Calls and batches are queued under the lock, so that they stay in
+            // their order.
             for effect in effects {
                 match effect {
                     Effect::Call { to, call, request } => {
                         if !self.links.call(to, call, request) {
                             unsent.push(call);
                         }
+                    }
+                    Effect::Store { batch, records } => {
+                        let changes = records.into_iter().map(Record::into_change).collect();
+                        self.journal.submit(changes, batch);
                     }
                     effect => later.push(effect),
                 }
@@ -130,7 +156,8 @@ impl KvShell {
                 }
                 Effect::Print(line) => daemon::print_line(&line),
                 Effect::Note(note) => tracing::info!("{note}"),
-                Effect::Call { .. } => unreachable!("calls have been queued"),
+                Effect::End => (self.left)(),
+                Effect::Call { .. } | Effect::Store { .. } => unreachable!("they have been queued"),
             }
         }
         for call in unsent {

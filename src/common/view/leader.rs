@@ -1,22 +1,41 @@
 //! The viewleader as a machine: leases, the clock, and everything it answers.
 //!
-//! A server's lease runs, for the viewleader, from the moment its heartbeat was
-//! *received*, and somewhat longer than was asked for; for the server it runs
-//! from the moment the heartbeat was *sent*. As long as the two clocks' rates
-//! differ by less than [`DRIFT_PER_MILLE`], a server has stopped trusting its
-//! lease before anybody else is given its role.
+//! # Changes
+//! Whatever must outlive this process is a [`Change`] of the [`State`]. A change
+//! is first appended to the log ([`Effect::Append`]) and applied when the shell
+//! says that it is there to stay ([`Input::Committed`]); only then it is
+//! answered, and only then anybody sees it. So a viewleader that is killed at any
+//! instant comes back with everything that it has ever told.
+//!
+//! # Leases
+//! Leases are not in the log. A server's lease runs, for the viewleader, from the
+//! moment its heartbeat was *received*, and somewhat longer than was asked for;
+//! for the server it runs from the moment the heartbeat was *sent*. As long as
+//! the two clocks' rates differ by less than [`DRIFT_PER_MILLE`], a server has
+//! stopped trusting its lease before anybody else is given its role. A viewleader
+//! that has just started gives every member one full lease.
+//!
+//! Members whose leases run out at about the same time are put out together: see
+//! [`Leader::expire`].
+//!
+//! # Rebalancing
+//! When the groups are not at their target, the machine asks for a worker, a
+//! thread of the shell that is called `rebalancing_f` after a failure and
+//! `rebalancing_a` after an addition. It takes the lock `rebalancing`, lets the
+//! groups advance whenever there is something new, and is done when all are at
+//! rest. Workers follow each other: each waits for the lock in its turn.
 
-use super::locks::{Grant, Locks};
+use super::locks::Grant;
 use super::messages::{
-    Beat, Heartbeat, HeartbeatReply, LockCall, Okay, QueryView, Report, ViewAnswer, ViewReply,
-    ViewRequest,
+    Beat, Heartbeat, HeartbeatReply, LockCall, Okay, Progress, QueryView, RebalanceStatus, Report,
+    ViewAnswer, ViewReply, ViewRequest,
 };
-use super::state::{MAX_MEMBERS, State};
+use super::state::{Change, MAX_MEMBERS, Outcome, State};
 use super::{Dialect, Member, Revision, View};
 use crate::kv::ring::Point;
 use crate::machine::{Machine, Time};
 use crate::wire::{Identity, Refusal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,11 +53,22 @@ pub const MAX_LEASE: Duration = Duration::from_secs(300);
 /// viewleader waits longer than the server does.
 pub const DRIFT_PER_MILLE: u32 = 20;
 
+/// A member that has this part of its lease left, or less, has missed several
+/// heartbeats.
+const SUSPECT_PART: u32 = 4;
+
 /// How many requests can wait for the next view at once.
 pub const MAX_WATCHERS: usize = 10_000;
 
 /// The longest that a `query_view` waits, in milliseconds.
 pub const MAX_WATCH_MS: u64 = 60_000;
+
+/// How many changes can be on their way into the log; beyond it, requests are
+/// refused.
+pub const MAX_PROPOSED: usize = 10_000;
+
+/// The lock that a rebalancing holds.
+pub const REBALANCING: &str = "rebalancing";
 
 /// What can happen to the viewleader. `T` names a request to its shell.
 #[derive(Debug)]
@@ -52,6 +82,14 @@ pub enum Input<T> {
         /// What is asked.
         request: ViewRequest,
     },
+    /// The first changes that were appended and not yet committed, up to this
+    /// one, are in the log to stay.
+    Committed {
+        /// The index of the last one.
+        index: u64,
+    },
+    /// A rebalancing worker asks what to do.
+    Work(Worker),
     /// Time has passed.
     Tick,
     /// This process has not run for so long: servers may have called in vain, so
@@ -61,7 +99,8 @@ pub enum Input<T> {
     Ending,
 }
 
-/// What the viewleader asks for. In any order.
+/// What the viewleader asks for. Appends are to be done in their order; anything
+/// else in any order.
 #[derive(Debug)]
 pub enum Effect<T> {
     /// Answer the request `to`.
@@ -71,8 +110,53 @@ pub enum Effect<T> {
         /// The answer.
         reply: ViewReply,
     },
+    /// Append a change to the log, and say so with [`Input::Committed`].
+    Append {
+        /// Its place in the log.
+        index: u64,
+        /// The change.
+        change: Change,
+    },
+    /// Start a thread that asks [`Input::Work`] now and then, until it is told
+    /// that it is done.
+    StartWorker(Worker),
+    /// This worker is done. Its line, if it has one, is to be printed.
+    WorkerDone(Worker, Option<String>),
     /// Something worth a line in the log.
     Note(String),
+}
+
+/// A rebalancing worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Worker {
+    /// Why it was started.
+    pub cause: Cause,
+    /// Tells it from the others.
+    pub number: u64,
+}
+
+/// Why a rebalancing is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// A server has failed or left.
+    Failed,
+    /// A server was added.
+    Added,
+}
+
+impl Worker {
+    /// What its thread is called, after the original's workers.
+    pub fn name(self) -> &'static str {
+        match self.cause {
+            Cause::Failed => "rebalancing_f",
+            Cause::Added => "rebalancing_a",
+        }
+    }
+
+    fn lock_call(self) -> LockCall {
+        let requestor = Identity::text(format!("{}-{}", self.name(), self.number));
+        LockCall { lockid: REBALANCING.to_owned(), requestor }
+    }
 }
 
 #[derive(Debug)]
@@ -82,28 +166,50 @@ struct Watcher<T> {
     until: Time,
 }
 
+/// Who waits for a change to be committed.
+#[derive(Debug)]
+enum Asker<T> {
+    /// A server whose heartbeat led to it, and until when its lease runs.
+    Heartbeat {
+        to: T,
+        beat: Heartbeat,
+        leased_until: Time,
+    },
+    /// A client, about a lock or a drain.
+    Client(T),
+    Nobody,
+}
+
 /// The viewleader.
 #[derive(Debug)]
 pub struct Leader<T> {
     state: State,
     /// When each member's lease runs out for certain.
     leases: BTreeMap<Identity, Time>,
-    locks: Locks,
+    /// Members whose expulsion is on its way into the log.
+    expelling: BTreeSet<Identity>,
+    /// Changes on their way into the log, in order.
+    proposed: VecDeque<(u64, Change, Asker<T>)>,
+    last_index: u64,
     watchers: Vec<Watcher<T>>,
     /// The view as it was last shown, shared by all who ask for it.
     shown: Arc<View>,
+    workers: BTreeSet<Worker>,
+    last_worker: u64,
+    /// The revision at which groups were last let advance.
+    advanced: Revision,
+    /// What each server says that it has fetched since it was started.
+    progress: BTreeMap<Identity, Progress>,
+    rebalance: Rebalance,
 }
 
-impl<T> Default for Leader<T> {
-    fn default() -> Self {
-        Self {
-            state: State::default(),
-            leases: BTreeMap::new(),
-            locks: Locks::default(),
-            watchers: Vec::new(),
-            shown: Arc::default(),
-        }
-    }
+/// The rebalancing that is under way, or the last one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rebalance {
+    began: Time,
+    ended: Option<Time>,
+    /// What has been moved by it.
+    moved: Progress,
 }
 
 impl<T> Machine for Leader<T> {
@@ -116,22 +222,14 @@ impl<T> Machine for Leader<T> {
         }
         // Before anything else, so that no reply depends on when a tick came.
         self.expire(now, effects);
-        if matches!(input, Input::Ending) {
-            self.watchers.iter_mut().for_each(|watcher| watcher.until = now);
-        }
-        if let Input::Request { from, host, request } = input {
-            let reply = match request {
-                ViewRequest::Heartbeat(beat) => self.heartbeat(now, host, beat, effects),
-                ViewRequest::QueryServers {} => ViewReply::Servers {
-                    result: self.view().members.iter().map(|m| (m.address, m.hash)).collect(),
-                    epoch: self.view().epoch,
-                },
-                ViewRequest::QueryView(query) => return self.query_view(now, from, query, effects),
-                ViewRequest::Report(report) => self.report(&report),
-                ViewRequest::LockGet(call) => self.lock_get(&call),
-                ViewRequest::LockRelease(call) => self.lock_release(&call),
-            };
-            effects.push(Effect::Reply { to: from, reply });
+        match input {
+            Input::Request { from, host, request } => {
+                self.request(now, from, host, request, effects);
+            }
+            Input::Committed { index } => self.committed(index, effects),
+            Input::Work(worker) => self.work(now, worker, effects),
+            Input::Ending => self.watchers.iter_mut().for_each(|watcher| watcher.until = now),
+            Input::Tick | Input::Slept(_) => {}
         }
         self.show(effects);
         self.wake(now, effects);
@@ -139,100 +237,317 @@ impl<T> Machine for Leader<T> {
 }
 
 impl<T> Leader<T> {
+    /// The viewleader that goes on with `state`, in which the log ends with the
+    /// change `last_index`.
+    pub fn new(now: Time, state: State, last_index: u64) -> Self {
+        let full = |member: &Member| (member.id.clone(), now + margin(lease_of(member)));
+        Self {
+            leases: state.view().members.iter().map(full).collect(),
+            shown: Arc::default(),
+            state,
+            expelling: BTreeSet::new(),
+            proposed: VecDeque::new(),
+            last_index,
+            watchers: Vec::new(),
+            workers: BTreeSet::new(),
+            last_worker: last_index,
+            advanced: Revision(0),
+            progress: BTreeMap::new(),
+            rebalance: Rebalance { ended: Some(now), ..Rebalance::default() },
+        }
+    }
+
+    /// The index of the last change that is applied.
+    pub fn applied(&self) -> u64 {
+        self.proposed.front().map_or(self.last_index, |(index, ..)| index - 1)
+    }
+
+    /// What would have to be kept if the log were cut here: the state, and the
+    /// index of the last change in it.
+    pub fn snapshot(&self) -> (u64, State) {
+        (self.applied(), self.state.clone())
+    }
+
     fn view(&self) -> &View {
         self.state.view()
     }
 
-    /// Puts out every member whose lease has run out.
-    fn expire(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
-        let over = self.leases.iter().filter(|(_, end)| **end <= now);
-        for id in over.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
-            self.leases.remove(&id);
-            let address = self.view().member(&id).map(|member| member.address);
-            self.state.expel(&id);
-            if let Some(address) = address {
-                effects.push(Effect::Note(format!(
-                    "{address} ({id}) is out: its lease has run out; {}",
-                    self.view().epoch
-                )));
+    fn request(
+        &mut self,
+        now: Time,
+        from: T,
+        host: Ipv4Addr,
+        request: ViewRequest,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        if self.proposed.len() >= MAX_PROPOSED {
+            let refusal = Refusal::unavailable("the viewleader is overloaded: try again later");
+            return effects.push(Effect::Reply { to: from, reply: ViewReply::Refused(refusal) });
+        }
+        let reply = match request {
+            ViewRequest::Heartbeat(beat) => return self.heartbeat(now, from, host, beat, effects),
+            ViewRequest::QueryView(query) => return self.query_view(now, from, query, effects),
+            ViewRequest::QueryServers {} => ViewReply::Servers {
+                result: self.view().members.iter().map(|m| (m.address, m.hash)).collect(),
+                epoch: self.view().epoch,
+            },
+            ViewRequest::Report(report) => {
+                self.report(report, effects);
+                ViewReply::status("ok")
+            }
+            ViewRequest::RebalanceStatus {} => ViewReply::Rebalance(self.rebalance_status(now)),
+            ViewRequest::Status {} => ViewReply::Health(self.view().health(|id| {
+                let left = self.leases.get(id).map(|end| end.since(now));
+                left.unwrap_or_default().as_millis() as u64
+            })),
+            ViewRequest::LockGet(call) => match self.known_place(&call) {
+                Some(grant) => grant_reply(grant),
+                None => {
+                    return self.propose(Change::LockGet(call), Asker::Client(from), effects);
+                }
+            },
+            ViewRequest::LockRelease(call) => {
+                return self.propose(Change::LockRelease(call), Asker::Client(from), effects);
+            }
+            ViewRequest::Drain(drain) => {
+                let change = Change::Drain(drain.server);
+                return self.propose(change, Asker::Client(from), effects);
+            }
+        };
+        effects.push(Effect::Reply { to: from, reply });
+    }
+
+    /// Where the requestor of a lock stands already, if nothing that is on its way
+    /// into the log can change it.
+    fn known_place(&self, call: &LockCall) -> Option<Grant> {
+        self.proposed.is_empty().then(|| self.state.place_in_queue(call)).flatten()
+    }
+
+    fn propose(&mut self, change: Change, asker: Asker<T>, effects: &mut Vec<Effect<T>>) {
+        self.last_index += 1;
+        self.proposed.push_back((self.last_index, change.clone(), asker));
+        effects.push(Effect::Append { index: self.last_index, change });
+    }
+
+    /// Applies the changes up to `index`, and answers those who wait for them.
+    fn committed(&mut self, index: u64, effects: &mut Vec<Effect<T>>) {
+        while self.proposed.front().is_some_and(|(first, ..)| *first <= index) {
+            let Some((_, change, asker)) = self.proposed.pop_front() else { return };
+            self.tell(&change, effects);
+            if let Change::Expel(ids) = &change {
+                self.expelling.retain(|id| !ids.contains(id));
+            }
+            let outcome = self.state.apply(change);
+            let view = self.state.view();
+            self.leases.retain(|id, _| view.member(id).is_some());
+            match asker {
+                Asker::Nobody => {}
+                Asker::Client(to) => {
+                    effects.push(Effect::Reply { to, reply: outcome_reply(outcome) });
+                }
+                Asker::Heartbeat { to, beat, leased_until } => {
+                    let reply = match outcome {
+                        Outcome::Taken => self.beat_reply(Beat::Retry, &beat),
+                        Outcome::Denied => self.beat_reply(Beat::Deny, &beat),
+                        Outcome::Full => ViewReply::Refused(Refusal::unavailable(format!(
+                            "there are {MAX_MEMBERS} servers already: no more can join"
+                        ))),
+                        _ => {
+                            self.leases.insert(beat.requestor.clone(), leased_until);
+                            self.beat_reply(Beat::Ok, &beat)
+                        }
+                    };
+                    effects.push(Effect::Reply { to, reply });
+                }
             }
         }
+    }
+
+    /// Notes a change of membership, and asks for the worker that it needs.
+    fn tell(&mut self, change: &Change, effects: &mut Vec<Effect<T>>) {
+        let note = match change {
+            Change::Join { member, .. } if self.view().member(&member.id).is_none() => {
+                format!("{} ({}) joins, at {}", member.address, member.id, member.hash)
+            }
+            Change::Restart { id, start } => format!("{id} goes on: its start {}", start.count),
+            Change::Expel(ids) => {
+                let names = ids.iter().filter_map(|id| self.view().member(id));
+                let names: Vec<String> =
+                    names.map(|m| format!("{} ({})", m.address, m.id)).collect();
+                format!("{} out: no heartbeat for a lease", names.join(", "))
+            }
+            Change::Drain(address) => format!("{address} is to leave"),
+            _ => return,
+        };
+        effects.push(Effect::Note(note));
+        match change {
+            Change::Join { member, .. } if member.dialect == Dialect::Original => {}
+            Change::Join { .. } => self.start_worker(Cause::Added, effects),
+            Change::Expel(_) | Change::Drain(_) => self.start_worker(Cause::Failed, effects),
+            _ => {}
+        }
+    }
+
+    /// Puts out the members whose leases have run out: together with those that
+    /// have missed several heartbeats as well, for which it waits a moment. Of
+    /// servers that were killed together the last to be put out would else seem to
+    /// be the only one that has everything.
+    fn expire(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
+        let over = |end: &Time| *end <= now;
+        if !self.leases.values().any(over) {
+            return;
+        }
+        let is_suspect = |id: &Identity, end: Time| {
+            let lease = self.view().member(id).map_or(ORIGINAL_LEASE, lease_of);
+            end > now && end <= now + lease / SUSPECT_PART
+        };
+        if self.leases.iter().any(|(id, end)| is_suspect(id, *end)) {
+            return;
+        }
+        let gone = self.leases.iter().filter(|(_, end)| over(end));
+        let gone: Vec<Identity> = gone.map(|(id, _)| id.clone()).collect();
+        for id in &gone {
+            self.leases.remove(id);
+            self.expelling.insert(id.clone());
+        }
+        self.propose(Change::Expel(gone), Asker::Nobody, effects);
     }
 
     fn heartbeat(
         &mut self,
         now: Time,
+        to: T,
         host: Ipv4Addr,
         beat: Heartbeat,
         effects: &mut Vec<Effect<T>>,
-    ) -> ViewReply {
-        let answer = |status, epoch, lease_ms| {
-            ViewReply::Heartbeat(HeartbeatReply { status, epoch, lease_ms })
+    ) {
+        let id = beat.requestor.clone();
+        let member = self.view().member(&id);
+        let is_copy = match (member.and_then(|member| member.start), beat.start) {
+            // An old copy of a data directory, or two processes over copies.
+            (Some(known), Some(start)) => start != known && start.count <= known.count,
+            _ => false,
         };
-        if self.state.is_denied(&beat.requestor) {
-            return answer(Beat::Deny, None, None);
+        // A lease that has run out is over, even while others are waited for.
+        let is_over = self.leases.get(&id).is_some_and(|end| *end <= now);
+        let denied =
+            self.state.is_denied(&id) || self.expelling.contains(&id) || is_over || is_copy;
+        if denied {
+            let reply = self.beat_reply(Beat::Deny, &beat);
+            return effects.push(Effect::Reply { to, reply });
         }
         if beat.seen.is_some_and(|seen| seen > self.view().revision) {
-            return ViewReply::Refused(Refusal::unavailable(format!(
-                "this viewleader is at revision {} and you have seen a newer one: it has lost its \
-                 state, or it is not yours; start the server again to join it as a new one",
+            let reply = ViewReply::Refused(Refusal::unavailable(format!(
+                "this viewleader is at revision {} and this server has seen a newer one: it has \
+                 lost its state, or it is another cluster's; start it over its own data, or give \
+                 the server an empty data directory",
                 self.view().revision.0
             )));
+            return effects.push(Effect::Reply { to, reply });
         }
         let address = beat.address.unwrap_or(SocketAddrV4::new(host, beat.port));
-        let id = beat.requestor;
-        let taken =
-            self.view().members.iter().any(|other| other.address == address && other.id != id);
-        if taken {
-            return answer(Beat::Retry, Some(self.view().epoch), None);
-        }
-        if self.view().member(&id).is_some() {
-            self.state.move_to(&id, address);
-        } else if self.view().members.len() >= MAX_MEMBERS {
-            return ViewReply::Refused(Refusal::unavailable(format!(
-                "there are {MAX_MEMBERS} servers already: no more can join"
-            )));
-        } else {
-            let hash = Point::of(id.as_str());
-            let dialect =
-                if beat.lease_ms.is_some() { Dialect::Ringleader } else { Dialect::Original };
-            self.state.join(Member { id: id.clone(), address, hash, dialect });
-            effects.push(Effect::Note(format!(
-                "{address} ({id}) is in, at {hash}; {}",
-                self.view().epoch
-            )));
-        }
-        let lease = beat.lease_ms.map_or(ORIGINAL_LEASE, |wanted| {
-            Duration::from_millis(wanted).clamp(MIN_LEASE, MAX_LEASE)
-        });
-        self.leases.insert(id, now + lease + lease * DRIFT_PER_MILLE / 1000);
-        let granted = beat.lease_ms.map(|_| lease.as_millis() as u64);
-        answer(Beat::Ok, Some(self.view().epoch), granted)
+        let lease = wanted_lease(&beat);
+        let leased_until = now + margin(lease);
+        let is_restart = member.is_some_and(|m| m.start != beat.start && beat.start.is_some());
+        let moved = member.is_some_and(|member| member.address != address);
+        let change = match member {
+            None => Change::Join {
+                member: Member {
+                    hash: Point::of(id.as_str()),
+                    id,
+                    address,
+                    dialect: if beat.lease_ms.is_some() {
+                        Dialect::Ringleader
+                    } else {
+                        Dialect::Original
+                    },
+                    lease_ms: lease.as_millis() as u64,
+                    start: beat.start,
+                    full: beat.full,
+                    leaving: false,
+                },
+                formerly: beat.formerly.clone(),
+            },
+            Some(_) if self.view().members.iter().any(|m| m.address == address && m.id != id) => {
+                let reply = self.beat_reply(Beat::Retry, &beat);
+                return effects.push(Effect::Reply { to, reply });
+            }
+            Some(_) if is_restart => {
+                let start = beat.start.unwrap_or_default();
+                if moved {
+                    let change = Change::Move { id: id.clone(), address };
+                    self.propose(change, Asker::Nobody, effects);
+                }
+                Change::Restart { id, start }
+            }
+            Some(_) if moved => Change::Move { id, address },
+            Some(member) if member.full != beat.full => Change::Full { id, full: beat.full },
+            Some(_) => {
+                self.leases.insert(id, leased_until);
+                let reply = self.beat_reply(Beat::Ok, &beat);
+                return effects.push(Effect::Reply { to, reply });
+            }
+        };
+        self.propose(change, Asker::Heartbeat { to, beat, leased_until }, effects);
     }
 
-    fn report(&mut self, report: &Report) -> ViewReply {
-        for (start, version) in &report.ready {
-            self.state.is_ready(&report.requestor, *start, *version);
-        }
-        for (start, version) in &report.established {
-            self.state.is_established(&report.requestor, *start, *version);
-        }
-        ViewReply::status("ok")
+    fn beat_reply(&self, status: Beat, beat: &Heartbeat) -> ViewReply {
+        let is_ours = status == Beat::Ok && beat.lease_ms.is_some();
+        ViewReply::Heartbeat(HeartbeatReply {
+            status,
+            epoch: (status != Beat::Deny).then_some(self.view().epoch),
+            lease_ms: is_ours.then(|| wanted_lease(beat).as_millis() as u64),
+            revision: is_ours.then_some(self.view().revision),
+        })
     }
 
-    fn lock_get(&mut self, call: &LockCall) -> ViewReply {
-        match self.locks.get(&call.lockid, &call.requestor) {
-            Grant::Granted => ViewReply::status("granted"),
-            Grant::Queued { ahead } => ViewReply::Status { status: "retry", position: Some(ahead) },
-            Grant::Full => ViewReply::Refused(Refusal::unavailable(
-                "too many locks or too many waiting for this one: try again later",
-            )),
+    fn report(&mut self, report: Report, effects: &mut Vec<Effect<T>>) {
+        let Report { requestor, ready, established, progress } = report;
+        self.take_progress(&requestor, progress);
+        for (start, version) in ready {
+            let change = Change::Ready { id: requestor.clone(), start, version };
+            self.propose(change, Asker::Nobody, effects);
+        }
+        for (start, version) in established {
+            let change = Change::Established { id: requestor.clone(), start, version };
+            self.propose(change, Asker::Nobody, effects);
         }
     }
 
-    fn lock_release(&mut self, call: &LockCall) -> ViewReply {
-        let known = self.locks.release(&call.lockid, &call.requestor);
-        ViewReply::status(if known { "ok" } else { "unknown" })
+    /// Adds what `id` has fetched since its last report to the rebalancing.
+    fn take_progress(&mut self, id: &Identity, now: Progress) {
+        if self.view().member(id).is_none() {
+            return;
+        }
+        let before = self.progress.insert(id.clone(), now).unwrap_or_default();
+        let moved = &mut self.rebalance.moved;
+        moved.keys += now.keys.saturating_sub(before.keys);
+        moved.bytes += now.bytes.saturating_sub(before.bytes);
+        moved.needed += now.needed.saturating_sub(before.needed);
+    }
+
+    fn rebalance_status(&self, now: Time) -> RebalanceStatus {
+        let view = self.view();
+        let Rebalance { began, ended, moved } = self.rebalance;
+        let done = (0..view.groups.len()).filter(|index| view.is_complete(*index)).count();
+        let here = |id: &Identity| view.member(id).is_some();
+        let left =
+            self.progress.iter().filter(|(id, _)| here(id)).map(|(_, progress)| progress.left);
+        let (left, elapsed) = (left.sum::<u64>(), ended.unwrap_or(now).since(began));
+        let elapsed_ms = elapsed.as_millis() as u64;
+        RebalanceStatus {
+            status: Okay::Ok,
+            epoch: view.epoch,
+            moving: !view.is_settled(),
+            arcs: view.groups.len(),
+            arcs_done: done,
+            keys_moved: moved.keys,
+            bytes_moved: moved.bytes,
+            bytes_needed: moved.needed,
+            keys_left: left,
+            elapsed_ms,
+            estimate_ms: (left > 0 && moved.keys > 0).then(|| elapsed_ms * left / moved.keys),
+        }
     }
 
     fn query_view(&mut self, now: Time, from: T, query: QueryView, effects: &mut Vec<Effect<T>>) {
@@ -246,11 +561,61 @@ impl<T> Leader<T> {
             }
             _ => effects.push(Effect::Reply { to: from, reply: self.answer() }),
         }
-        self.wake(now, effects);
     }
 
     fn answer(&self) -> ViewReply {
         ViewReply::View(ViewAnswer { status: Okay::Ok, view: Arc::clone(&self.shown) })
+    }
+
+    fn start_worker(&mut self, cause: Cause, effects: &mut Vec<Effect<T>>) {
+        // One that has not had its turn yet will see to this, too.
+        let waits = |worker: &&Worker| worker.cause == cause && !self.holds_lock(**worker);
+        if self.workers.iter().any(|worker| waits(&worker)) {
+            return;
+        }
+        self.last_worker += 1;
+        let worker = Worker { cause, number: self.last_worker };
+        self.workers.insert(worker);
+        effects.push(Effect::StartWorker(worker));
+    }
+
+    fn holds_lock(&self, worker: Worker) -> bool {
+        self.state.place_in_queue(&worker.lock_call()) == Some(Grant::Granted)
+    }
+
+    /// One look of a worker: it takes the lock, lets the groups advance when
+    /// something is new, and is done when all of them are at rest.
+    fn work(&mut self, now: Time, worker: Worker, effects: &mut Vec<Effect<T>>) {
+        if !self.workers.contains(&worker) || !self.proposed.is_empty() {
+            return;
+        }
+        match self.state.place_in_queue(&worker.lock_call()) {
+            None => self.propose(Change::LockGet(worker.lock_call()), Asker::Nobody, effects),
+            Some(Grant::Granted) if self.view().is_settled() => {
+                self.workers.remove(&worker);
+                let has_worked = self.advanced > Revision(0);
+                self.advanced = Revision(0);
+                self.rebalance.ended = Some(now);
+                self.propose(Change::LockRelease(worker.lock_call()), Asker::Nobody, effects);
+                let Progress { keys, bytes, needed, .. } = self.rebalance.moved;
+                let line = has_worked.then(|| {
+                    let epoch = self.view().epoch;
+                    format!(
+                        "Rebalancing complete in {epoch}: {keys} keys, {bytes} bytes moved; the least \
+                         was {needed} bytes"
+                    )
+                });
+                effects.push(Effect::WorkerDone(worker, line));
+            }
+            Some(Grant::Granted) if self.advanced < self.view().revision => {
+                self.propose(Change::Advance, Asker::Nobody, effects);
+                if self.advanced == Revision(0) {
+                    self.rebalance = Rebalance { began: now, ..Rebalance::default() };
+                }
+                self.advanced = self.view().revision;
+            }
+            Some(_) => {}
+        }
     }
 
     /// Makes a changed view the one that is shown.
@@ -262,17 +627,28 @@ impl<T> Leader<T> {
         for group in self.shown.groups.iter().filter(|group| group.is_lost()) {
             let known = before.groups.iter().any(|old| old.start == group.start && old.is_lost());
             if !known {
+                let held: Vec<String> =
+                    group.held_by.iter().map(|holder| holder.address.to_string()).collect();
                 effects.push(Effect::Note(format!(
-                    "the arc from {} on is lost: {:?} held it last",
-                    group.start, group.held_by
+                    "the arc from {} on is lost; it was held last by {}",
+                    group.start,
+                    held.join(", ")
                 )));
             }
         }
-        if self.shown.is_at_rest() && !before.is_at_rest() {
-            effects.push(Effect::Note(format!(
-                "every group is at its target; {}",
-                self.shown.revision
-            )));
+        if before.revision == Revision(0) {
+            // Workers of a viewleader that is no more hold nothing.
+            for requestor in self.state.waiting_for(REBALANCING) {
+                let lockid = REBALANCING.to_owned();
+                if requestor.as_str().starts_with(REBALANCING) {
+                    let change = Change::LockRelease(LockCall { lockid, requestor });
+                    self.propose(change, Asker::Nobody, effects);
+                }
+            }
+        }
+        if before.revision == Revision(0) && !self.shown.is_settled() {
+            // A viewleader that has just started goes on with what was begun.
+            self.start_worker(Cause::Failed, effects);
         }
     }
 
@@ -287,5 +663,37 @@ impl<T> Leader<T> {
                 self.watchers.push(watcher);
             }
         }
+    }
+}
+
+fn lease_of(member: &Member) -> Duration {
+    Duration::from_millis(member.lease_ms)
+}
+
+fn wanted_lease(beat: &Heartbeat) -> Duration {
+    beat.lease_ms
+        .map_or(ORIGINAL_LEASE, |wanted| Duration::from_millis(wanted).clamp(MIN_LEASE, MAX_LEASE))
+}
+
+/// How long the viewleader waits for a lease to run out.
+fn margin(lease: Duration) -> Duration {
+    lease + lease * DRIFT_PER_MILLE / 1000
+}
+
+fn grant_reply(grant: Grant) -> ViewReply {
+    match grant {
+        Grant::Granted => ViewReply::status("granted"),
+        Grant::Queued { ahead } => ViewReply::Status { status: "retry", position: Some(ahead) },
+        Grant::Full => ViewReply::Refused(Refusal::unavailable(
+            "too many locks or too many waiting for this one: try again later",
+        )),
+    }
+}
+
+fn outcome_reply(outcome: Outcome) -> ViewReply {
+    match outcome {
+        Outcome::Lock(grant) => grant_reply(grant),
+        Outcome::Unknown => ViewReply::status("unknown"),
+        _ => ViewReply::status("ok"),
     }
 }

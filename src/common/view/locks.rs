@@ -7,6 +7,7 @@
 //! rule; the refusal to let a stranger release is ours.
 
 use crate::wire::Identity;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// How many locks can be held at once.
@@ -33,7 +34,7 @@ pub enum Grant {
 }
 
 /// All locks that are held.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Locks {
     /// The holder stands first, then those who wait, in order of arrival.
     queues: BTreeMap<Box<str>, VecDeque<Identity>>,
@@ -59,6 +60,17 @@ impl Locks {
                 Grant::Queued { ahead: queue.len() - 1 }
             }
         }
+    }
+
+    /// Who holds `lock` and who waits for it, in order.
+    pub fn queue(&self, lock: &str) -> Vec<Identity> {
+        self.queues.get(lock).into_iter().flatten().cloned().collect()
+    }
+
+    /// Where `requestor` stands with `lock`, if it holds it or waits for it.
+    pub fn place(&self, lock: &str, requestor: &Identity) -> Option<Grant> {
+        let place = self.queues.get(lock)?.iter().position(|waiting| waiting == requestor)?;
+        Some(if place == 0 { Grant::Granted } else { Grant::Queued { ahead: place } })
     }
 
     /// `requestor` gives `lock` back, or leaves its queue. Returns whether it

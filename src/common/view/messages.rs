@@ -5,11 +5,11 @@
 //! top: an original server never sends them and never sees them answered.
 
 use super::locks::MAX_LOCK_NAME_BYTES;
-use super::{Epoch, Revision, View};
+use super::{Epoch, Revision, Start, View};
 use crate::kv::ring::Point;
 use crate::wire::{self, Identity, Refusal};
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync;
 
 /// A request to the viewleader.
@@ -28,6 +28,19 @@ pub enum ViewRequest {
     LockGet(LockCall),
     /// A requestor gives a lock back or leaves its queue.
     LockRelease(LockCall),
+    /// A server is to leave once its data is elsewhere; ours.
+    Drain(Drain),
+    /// How far is the rebalancing? Ours.
+    RebalanceStatus {},
+    /// How is everybody? Ours.
+    Status {},
+}
+
+/// The arguments of `drain`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Where the server is reached.
+    pub server: SocketAddrV4,
 }
 
 /// The arguments of `heartbeat`.
@@ -51,6 +64,16 @@ pub struct Heartbeat {
     /// never came that far has lost its state, or is not the server's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen: Option<Revision>,
+    /// Ours: which start of the server this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+    /// Ours, from a server that joins: the identity under which what is on its
+    /// disk was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub formerly: Option<Identity>,
+    /// Ours: the server's disk has no room.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
 }
 
 /// The arguments of `query_view`.
@@ -77,6 +100,23 @@ pub struct Report {
     /// Here the reporter is the primary, and every replica follows the version.
     #[serde(default)]
     pub established: Vec<(Point, Revision)>,
+    /// What the reporter has fetched from others since it was started.
+    #[serde(default)]
+    pub progress: Progress,
+}
+
+/// How far the data that a server needs has moved to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Keys that were fetched.
+    pub keys: u64,
+    /// Their bytes, keys and values.
+    pub bytes: u64,
+    /// Bytes of what is fetched that could not be done without: each key once,
+    /// and none that was there already.
+    pub needed: u64,
+    /// Keys that are left to fetch, about.
+    pub left: u64,
 }
 
 /// The arguments of `lock_get` and `lock_release`.
@@ -98,8 +138,13 @@ impl ViewRequest {
         Ok(match cmd.as_ref() {
             "heartbeat" => {
                 let heartbeat: Heartbeat = wire::arguments(&cmd, body)?;
-                if heartbeat.port == 0 {
-                    return Err(Refusal::invalid("heartbeat: a server can't be reached at port 0"));
+                let at = heartbeat
+                    .address
+                    .unwrap_or(SocketAddrV4::new(Ipv4Addr::LOCALHOST, heartbeat.port));
+                if heartbeat.port == 0 || at.port() == 0 || at.ip().is_unspecified() {
+                    return Err(Refusal::invalid(
+                        "heartbeat: nobody can be reached at port 0 or at 0.0.0.0",
+                    ));
                 }
                 Self::Heartbeat(heartbeat)
             }
@@ -108,10 +153,14 @@ impl ViewRequest {
             "report" => Self::Report(wire::arguments(&cmd, body)?),
             "lock_get" => Self::LockGet(lock_call(&cmd, body)?),
             "lock_release" => Self::LockRelease(lock_call(&cmd, body)?),
+            "rebalance_status" => Self::RebalanceStatus {},
+            "status" => Self::Status {},
+            "drain" => Self::Drain(wire::arguments(&cmd, body)?),
             _ => {
                 return Err(Refusal::invalid(format!(
                     "unknown command {cmd:?}: this is a viewleader; it knows heartbeat, \
-                     query_servers, query_view, report, lock_get, lock_release"
+                     query_servers, lock_get, lock_release, query_view, report, status, \
+                     rebalance_status, drain"
                 )));
             }
         })
@@ -152,8 +201,95 @@ pub enum ViewReply {
         #[serde(skip_serializing_if = "Option::is_none")]
         position: Option<usize>,
     },
+    /// To `rebalance_status`.
+    Rebalance(RebalanceStatus),
+    /// To `status`.
+    Health(Health),
     /// The request was not carried out.
     Refused(Refusal),
+}
+
+/// How far a rebalancing is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RebalanceStatus {
+    /// Always `ok`.
+    pub status: Okay,
+    /// The epoch by now.
+    pub epoch: Epoch,
+    /// Whether anything is left to move.
+    pub moving: bool,
+    /// How many arcs there are.
+    pub arcs: usize,
+    /// How many of them are where they belong.
+    pub arcs_done: usize,
+    /// Keys that have been moved by this rebalancing, or by the last one.
+    pub keys_moved: u64,
+    /// Their bytes.
+    pub bytes_moved: u64,
+    /// The bytes that could not be done without.
+    pub bytes_needed: u64,
+    /// Keys that are left to move, about.
+    pub keys_left: u64,
+    /// For how long, in milliseconds, it has been going on.
+    pub elapsed_ms: u64,
+    /// How much longer it will take, in milliseconds, going by what has been.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate_ms: Option<u64>,
+}
+
+/// The cluster at a glance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// Always `ok`.
+    pub status: Okay,
+    /// The epoch by now.
+    pub epoch: Epoch,
+    /// The revision by now.
+    pub revision: Revision,
+    /// The servers, by their place on the ring.
+    pub servers: Vec<ServerHealth>,
+    /// How many arcs there are.
+    pub arcs: usize,
+    /// How many are complete: all of their target, and nobody else.
+    pub complete: usize,
+    /// The arcs with fewer ready replicas than they should have.
+    pub short: Vec<ArcHealth>,
+    /// The arcs that have enough ready replicas and are about to change.
+    pub moving: Vec<ArcHealth>,
+    /// The arcs that nobody can serve.
+    pub lost: Vec<ArcHealth>,
+}
+
+/// One server at a glance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServerHealth {
+    /// Where it is reached.
+    pub address: SocketAddrV4,
+    /// Its place on the ring.
+    pub hash: Point,
+    /// How much longer its lease runs, in milliseconds.
+    pub lease_left_ms: u64,
+    /// Of how many arcs it is the primary.
+    pub primary_of: usize,
+    /// Of how many arcs it is a replica.
+    pub replica_of: usize,
+    /// What is out of the ordinary: `leaving`, `full`, `original`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// One arc at a glance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ArcHealth {
+    /// Its first point, and the first one after it.
+    pub arc: (Point, Point),
+    /// How many replicas are ready.
+    pub ready: usize,
+    /// How many there should be.
+    pub target: usize,
+    /// The servers that it waits for: those that are to become ready, or, for a
+    /// lost one, those that held it last.
+    pub waits_for: Vec<SocketAddrV4>,
 }
 
 impl ViewReply {
@@ -175,6 +311,10 @@ pub struct HeartbeatReply {
     /// runs from the moment at which the heartbeat was sent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_ms: Option<u64>,
+    /// Ours, to a server of ours: the revision by now. The server goes by no
+    /// older view.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<Revision>,
 }
 
 /// What a heartbeat brought.

@@ -20,8 +20,10 @@
 //! of each group; [`locks`] the lock service; [`leader`] is the machine around
 //! both, with leases and the clock; [`messages`] is what it understands.
 
+pub mod health;
 pub mod leader;
 pub mod locks;
+pub mod log;
 pub mod messages;
 pub mod state;
 
@@ -75,6 +77,28 @@ pub struct Member {
     pub hash: Point,
     /// Which protocol it speaks.
     pub dialect: Dialect,
+    /// How long its leases are, in milliseconds.
+    pub lease_ms: u64,
+    /// Which of its starts this is; what is known of one of ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+    /// Its disk has no room: its groups take no writes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
+    /// It is to leave: it is in no target, and goes once it holds nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
+}
+
+/// One start of a server, as counted in its data directory. An old copy of the
+/// directory counts less than it should; two copies that count the same differ
+/// in the number that each drew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// How many starts there have been over this directory.
+    pub count: u64,
+    /// Drawn at this start.
+    pub drawn: u64,
 }
 
 /// The replicas of one arc of the ring. The arc ends where the next group's
@@ -94,9 +118,19 @@ pub struct Group {
     pub ready: Vec<Identity>,
     /// The primary has reported that every replica follows this version.
     pub established: bool,
-    /// When the group is lost: the servers that were ready last.
+    /// When the group is lost: those that were ready last. Each of them holds
+    /// everything that was committed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub held_by: Vec<SocketAddrV4>,
+    pub held_by: Vec<Holder>,
+}
+
+/// A server that held a group which is lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Who it was; its disk says so when it returns.
+    pub id: Identity,
+    /// Where it listened.
+    pub address: SocketAddrV4,
 }
 
 /// A replica's place in a group.
@@ -175,25 +209,27 @@ impl View {
     }
 
     /// The replicas that the arc starting at `start` should have, its owner
-    /// first.
+    /// first. Members that are to leave are in it only while nobody else is there.
     pub fn target_of(&self, start: Point) -> Vec<Identity> {
-        let own: Vec<&Member> = self.own_members().collect();
+        let mut own: Vec<&Member> = self.own_members().filter(|member| !member.leaving).collect();
+        if own.is_empty() {
+            own = self.own_members().collect();
+        }
         let places: Vec<Point> = own.iter().map(|member| member.hash).collect();
         ring::target_of(start, &places).into_iter().map(|index| own[index].id.clone()).collect()
     }
 
     /// Whether every group is exactly its target, led by the arc's owner, with
-    /// all replicas ready: nothing is left to move.
+    /// all replicas ready: nothing is left to move, and nothing is lost.
     pub fn is_at_rest(&self) -> bool {
-        self.groups.iter().all(|group| {
-            let mut target = self.target_of(group.start);
-            let led_by_owner = group.primary.as_ref() == target.first();
-            let mut ready = group.ready.clone();
-            let mut replicas: Vec<_> = group.replicas.iter().map(|seat| seat.id.clone()).collect();
-            for list in [&mut target, &mut ready, &mut replicas] {
-                list.sort_unstable();
-            }
-            led_by_owner && group.established && ready == target && replicas == target
-        })
+        self.is_settled() && !self.groups.iter().any(Group::is_lost)
+    }
+
+    /// Whether nothing is left to move: every group that is not lost is at its
+    /// target, and nobody is about to leave.
+    pub fn is_settled(&self) -> bool {
+        let nobody_leaves = self.members.iter().all(|member| !member.leaving);
+        let mut groups = (0..self.groups.len()).filter(|index| !self.groups[*index].is_lost());
+        nobody_leaves && groups.all(|index| self.is_complete(index))
     }
 }

@@ -3,6 +3,10 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// How much of a request a refusal quotes at most, with its own words, in
+/// characters: an original's client reads no long replies.
+const MAX_ERROR_CHARS: usize = 300;
+
 /// A reply that says no. The text under `"error"` is for people and is what the
 /// programs of the original look for; `"reason"` is for programs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +30,15 @@ pub enum Reason {
 }
 
 impl Refusal {
-    /// A refusal of a request that can't be right.
+    /// A refusal of a request that can't be right. The text is cut where it
+    /// quotes too much of the request.
     pub fn invalid(error: impl Into<String>) -> Self {
-        Self { error: error.into(), reason: Reason::Invalid }
+        let mut error = error.into();
+        if let Some((end, _)) = error.char_indices().nth(MAX_ERROR_CHARS) {
+            error.truncate(end);
+            error.push_str("...");
+        }
+        Self { error, reason: Reason::Invalid }
     }
 
     /// A refusal of a request that was not carried out and may be tried again.

@@ -1,15 +1,17 @@
 //! The lease with the viewleader, and the view.
 
 use super::{
-    BEATS_PER_LEASE, Effect, Effects, Following, Server, ViewCall, ViewError, ViewNews, WATCH,
+    BEATS_PER_LEASE, Effect, Effects, Following, RETRY, Server, Settings, ViewCall, ViewError,
+    ViewNews, WATCH,
 };
+use crate::kv::Version;
+use crate::kv::disk::Record;
 use crate::kv::marks::Marks;
 use crate::kv::replica::{Fellow, Fetched, Primary, Replica};
 use crate::kv::ring::{self, Point, RING_POINTS};
-use crate::kv::table::Table;
 use crate::machine::Time;
-use crate::view::messages::{Beat, Heartbeat, HeartbeatReply, QueryView, Report};
-use crate::view::{Group, Revision, View};
+use crate::view::messages::{Beat, Heartbeat, HeartbeatReply, Progress, QueryView, Report};
+use crate::view::{Group, Member, Revision, Start, View};
 use crate::wire::Identity;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,29 +34,33 @@ impl<T> Server<T> {
         let due = |time: Option<Time>| time.is_some_and(|time| time <= now);
         if due(self.agenda.view) {
             self.agenda.view = None;
-            // The first question is answered at once: the identity depends on it.
-            let known = (self.view.revision > Revision(0)).then_some(self.view.revision);
-            let query = QueryView {
-                after: known.or(self.id.as_ref().map(|_| Revision(0))),
-                wait_ms: Some(WATCH.as_millis() as u64),
-            };
+            // Before it has joined it asks for the view as it is: its identity
+            // depends on it.
+            let after = self.joined.then_some(self.view.revision);
+            let query = QueryView { after, wait_ms: Some(WATCH.as_millis() as u64) };
             out.push(Effect::CallView(ViewCall::View(query)));
         }
         let Some(id) = self.id.clone() else { return };
         if due(self.agenda.beat) {
             self.agenda.beat = None;
             self.beat_sent = now;
+            let Settings { address, lease, drawn, .. } = self.settings;
             out.push(Effect::CallView(ViewCall::Beat(Heartbeat {
-                port: self.address.port(),
+                port: address.port(),
                 requestor: id.clone(),
-                address: Some(self.address),
-                lease_ms: Some(self.lease.as_millis() as u64),
-                seen: Some(self.view.revision),
+                address: Some(address),
+                lease_ms: Some(lease.as_millis() as u64),
+                seen: Some(self.view.revision.max(self.not_before)),
+                start: Some(Start { count: self.person.starts, drawn }),
+                formerly: self.person.formerly.clone(),
+                full: !self.has_room,
             })));
         }
         if due(self.agenda.report) {
             let report = self.report(id);
-            if !report.ready.is_empty() || !report.established.is_empty() {
+            let is_news = report.progress != self.reported;
+            if !report.ready.is_empty() || !report.established.is_empty() || is_news {
+                self.reported = report.progress;
                 self.agenda.report = None;
                 out.push(Effect::CallView(ViewCall::Report(report)));
             }
@@ -71,6 +77,10 @@ impl<T> Server<T> {
             requestor,
             ready: news(|r| r.fetched == Fetched::All && !r.counted_ready),
             established: news(|r| r.is_serving() && r.all_follow() && !r.counted_established),
+            progress: Progress {
+                left: self.replicas.values().map(|replica| replica.left).sum(),
+                ..self.moved
+            },
         }
     }
 
@@ -78,17 +88,20 @@ impl<T> Server<T> {
     pub(super) fn news(&mut self, now: Time, news: ViewNews, out: &mut Effects<T>) {
         match news {
             ViewNews::Beat(result) => self.beat_answered(now, result, out),
-            ViewNews::View(Ok(view)) => {
+            ViewNews::View(Ok(view)) if self.joined => {
                 self.agenda.view = Some(now);
-                self.choose_identity(now, &view);
                 self.install(now, view, out);
+            }
+            ViewNews::View(Ok(view)) => {
+                self.agenda.view = Some(now + RETRY);
+                self.choose_identity(&view);
             }
             ViewNews::View(Err(error)) => {
                 self.agenda.view = Some(now + RETRY_VIEWLEADER);
                 if matches!(error, ViewError::Refused(_)) {
                     // The original knows no such question: join all the same.
                     self.agenda.view = Some(now + WATCH);
-                    self.choose_identity(now, &View::default());
+                    self.choose_identity(&View::default());
                 }
             }
             ViewNews::Report(_) => self.agenda.report = Some(now + REPORT_AGAIN),
@@ -96,10 +109,18 @@ impl<T> Server<T> {
         self.call_viewleader(now, out);
     }
 
-    fn choose_identity(&mut self, now: Time, view: &View) {
-        if self.id.is_none() {
+    fn choose_identity(&mut self, view: &View) {
+        if self.person.id.is_none() {
             let taken: Vec<Point> = view.members.iter().map(|member| member.hash).collect();
-            self.id = Some(ring::choose_identity(&taken, &mut self.rng));
+            self.person.id = Some(ring::choose_identity(&taken, &mut self.rng));
+            self.keep_person();
+        }
+    }
+
+    /// The disk knows who this server is: now others may.
+    pub(super) fn person_stored(&mut self, now: Time) {
+        if self.id.is_none() && self.person.id.is_some() {
+            self.id = self.person.id.clone();
             self.agenda.beat = Some(now);
             self.agenda.report = Some(now);
         }
@@ -111,20 +132,23 @@ impl<T> Server<T> {
         result: Result<HeartbeatReply, ViewError>,
         out: &mut Effects<T>,
     ) {
-        self.agenda.beat = Some(self.beat_sent + self.lease / BEATS_PER_LEASE);
+        self.agenda.beat = Some(self.beat_sent + self.settings.lease / BEATS_PER_LEASE);
         match result {
             Err(ViewError::Lost) => self.agenda.beat = Some(now + RETRY_VIEWLEADER),
             Err(ViewError::Refused(refusal)) => {
                 out.push(Effect::Note(format!("the viewleader refuses the heartbeat: {refusal}")));
             }
-            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: Some(lease_ms) }) => {
-                if self.following != Following::Ringleader {
+            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: Some(lease_ms), revision }) => {
+                if !self.joined {
                     out.push(Effect::Note(format!("joined in {}", epoch.unwrap_or_default())));
+                    self.joined = true;
+                    self.not_before = self.not_before.max(revision.unwrap_or_default());
+                    self.agenda.view = self.agenda.view.map(|_| now);
                 }
                 self.following = Following::Ringleader;
                 self.leased_until = self.beat_sent + Duration::from_millis(lease_ms);
             }
-            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: None }) => {
+            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: None, .. }) => {
                 if !matches!(self.following, Following::Original(_)) {
                     out.push(Effect::Note("joined an original viewleader".to_owned()));
                 }
@@ -133,38 +157,50 @@ impl<T> Server<T> {
             Ok(HeartbeatReply { status: Beat::Retry, .. }) => {
                 out.push(Effect::Note(format!(
                     "another server holds a lease on {}: waiting for it to run out",
-                    self.address
+                    self.settings.address
                 )));
             }
-            Ok(HeartbeatReply { status: Beat::Deny, .. }) => self.start_over(now, out),
+            Ok(HeartbeatReply { status: Beat::Deny, .. }) => self.start_over(out),
         }
     }
 
-    /// The lease has run out and others have taken over: what this server holds
-    /// may be old. It goes on as a new one, with nothing.
-    fn start_over(&mut self, now: Time, out: &mut Effects<T>) {
-        out.push(Effect::Note("the lease ran out: joining again as a new server".to_owned()));
-        let replicas = std::mem::take(&mut self.replicas);
-        for op in replicas.values().flat_map(|replica| replica.pending.values()) {
-            self.end_unknown(op.op, out);
+    /// The viewleader does not know this identity any more. If it was to leave,
+    /// it has left. Else its lease has run out and others have taken over: what it
+    /// holds may be old. It goes on as a new one, and has it compared.
+    fn start_over(&mut self, out: &mut Effects<T>) {
+        if self.leaving {
+            out.push(Effect::Note("everything is elsewhere: leaving the cluster".to_owned()));
+            out.push(Effect::End);
+        } else {
+            out.push(Effect::Note("the lease ran out: joining again as a new server".to_owned()));
         }
-        self.table = Table::default();
+        for (start, replica) in std::mem::take(&mut self.replicas) {
+            for pending in replica.pending.into_values() {
+                self.end_unknown(pending.op, out);
+            }
+            self.records.push(Record::NoSeat(start));
+        }
+        Point::all().for_each(|point| self.table.age(point));
         self.marks = Marks::default();
         self.leased_until = Time::default();
-        self.id = None;
-        self.choose_identity(now, &Arc::clone(&self.view));
+        self.joined = false;
+        self.person.formerly = self.person.id.take();
+        let view = Arc::clone(&self.view);
+        self.choose_identity(&view);
     }
 
     /// Follows `view`, if it is newer than the one that is followed.
     fn install(&mut self, now: Time, view: Arc<View>, out: &mut Effects<T>) {
-        if view.revision <= self.view.revision {
+        if view.revision <= self.view.revision || view.revision < self.not_before {
             return;
         }
         self.view = view;
         let Some(id) = self.id.clone() else { return };
         let view = Arc::clone(&self.view);
+        self.leaving |= view.member(&id).is_some_and(|member| member.leaving);
         let mut before = std::mem::take(&mut self.replicas);
         let held: Vec<Point> = before.values().flat_map(|replica| replica.arc.points()).collect();
+        let starts: Vec<Point> = before.keys().copied().collect();
         let mut kept = vec![false; usize::from(RING_POINTS)];
         let mut changed = Vec::new();
         for (index, group) in view.groups.iter().enumerate() {
@@ -172,27 +208,50 @@ impl<T> Server<T> {
                 continue;
             }
             let (mut replica, is_continued) = take_part(&mut before, &view, index, &id);
-            if is_continued {
-                replica.arc.points().for_each(|point| kept[usize::from(point.number())] = true);
+            for point in replica.arc.points() {
+                kept[usize::from(point.number())] = true;
+                if is_continued {
+                    continue;
+                }
+                self.table.age(point);
+                if replica.fetched == Fetched::All {
+                    // The very first server, or the last that held a lost group.
+                    self.table.trust_old(point);
+                }
             }
             if !is_continued || replica.version != group.version {
                 changed.push(group.start);
             }
             follow(&mut replica, &view, group, &id);
+            self.records.push(Record::Seat(replica.seat()));
             self.replicas.insert(group.start, replica);
         }
-        for point in held.into_iter().filter(|point| !kept[usize::from(point.number())]) {
-            self.table.clear(point);
+        // What is not this server's any more goes; what its disk holds of other
+        // arcs is kept for comparison until everything is where it belongs.
+        let at_rest = view.is_at_rest();
+        let others = Point::all().filter(|_| at_rest);
+        let surplus = held.into_iter().chain(others);
+        for point in surplus.filter(|point| !kept[usize::from(point.number())]) {
+            let dropped = self.table.clear(point).map(|key| Record::Drop { point, key });
+            self.records.extend(dropped);
         }
-        for pending in before.values().flat_map(|replica| replica.pending.values()) {
-            self.end_unknown(pending.op, out);
+        let gone = starts.iter().filter(|start| !self.replicas.contains_key(start));
+        self.records.extend(gone.map(|start| Record::NoSeat(*start)));
+        // A replica is dropped only once the primary after it is established, and
+        // that has committed what this one had pending.
+        for replica in before.into_values() {
+            for (version, pending) in replica.pending {
+                if let Some(op) = pending.op {
+                    self.end_written(op, &pending.key, version, out);
+                }
+            }
         }
         for start in changed {
             self.begin_version(now, start, out);
         }
         self.refer_reads(now, out);
         self.retry_parked(now, out);
-        self.fetch_missing(out);
+        self.fetch_missing(now, out);
         self.agenda.report = self.agenda.report.map(|_| now);
     }
 }
@@ -231,6 +290,8 @@ fn take_part(
         // The very first server has nothing to fetch, and nobody to fetch from.
         fetched: if group.ready.contains(id) { Fetched::All } else { Fetched::UpTo(None) },
         fetching: false,
+        left: 0,
+        committed: Version::default(),
         counted_ready: false,
         counted_established: false,
     };
@@ -243,13 +304,17 @@ fn follow(replica: &mut Replica, view: &View, group: &Group, id: &Identity) {
     replica.counted_established = group.established;
     let others = group.replicas.iter().filter(|seat| seat.id != *id);
     let others = others.filter_map(|seat| view.member(&seat.id));
-    replica.fellows =
-        others.map(|member| Fellow { id: member.id.clone(), address: member.address }).collect();
+    replica.fellows = others
+        .map(|Member { id, address, full, .. }| Fellow {
+            id: id.clone(),
+            address: *address,
+            full: *full,
+        })
+        .collect();
     if replica.version == group.version {
         return;
     }
     replica.version = group.version;
-    replica.fetching = false;
     for pending in replica.pending.values_mut() {
         (pending.asked, pending.acknowledged) = Default::default();
     }

@@ -16,25 +16,32 @@
 mod membership;
 mod replication;
 mod requests;
+mod storage;
 
+use super::disk::{Person, Record, Recovered};
 use super::marks::Marks;
 use super::messages::{Answer, InGroup, Op, Reply, Request};
 use super::replica::Replica;
-use super::ring::Point;
-use super::table::Table;
+use super::ring::{Arc, Point};
+use super::table::{Cursor, Table};
 use super::{Text, Version};
 use crate::machine::{Machine, Time};
-use crate::view::messages::{Heartbeat, HeartbeatReply, QueryView, Report};
-use crate::view::{Epoch, View};
+use crate::view::messages::{Heartbeat, HeartbeatReply, Progress, QueryView, Report};
+use crate::view::{Epoch, Revision, View};
 use crate::wire::{Identity, Refusal};
 use rand::rngs::StdRng;
-use std::collections::{BTreeMap, BTreeSet};
+use replication::Asked;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddrV4;
-use std::sync::Arc;
+use std::sync;
 use std::time::Duration;
 
 /// How long a lease a server asks for, unless told otherwise.
 pub const DEFAULT_LEASE: Duration = Duration::from_secs(4);
+
+/// How many bytes a second a server fetches at most when data moves, unless told
+/// otherwise.
+pub const DEFAULT_FETCH_RATE: u64 = 100 * 1024 * 1024;
 
 /// How many heartbeats a server sends in one lease.
 pub const BEATS_PER_LEASE: u32 = 4;
@@ -86,6 +93,13 @@ pub enum Input<T> {
     },
     /// A call to the viewleader has ended.
     FromView(ViewNews),
+    /// What was to be kept up to this batch is on the disk.
+    Stored {
+        /// The number of the last batch.
+        batch: u64,
+    },
+    /// The disk has room for more, or has not.
+    Room(bool),
     /// Time has passed.
     Tick,
 }
@@ -105,7 +119,7 @@ pub enum ViewNews {
     /// The answer to a heartbeat.
     Beat(Result<HeartbeatReply, ViewError>),
     /// The answer to the question for the view.
-    View(Result<Arc<View>, ViewError>),
+    View(Result<sync::Arc<View>, ViewError>),
     /// A report has arrived, or not.
     Report(Result<(), ViewError>),
 }
@@ -130,7 +144,8 @@ pub enum ViewCall {
     Report(Report),
 }
 
-/// What a server asks for. Calls to one server are to be sent in their order.
+/// What a server asks for. Calls to one server are to be sent in their order,
+/// and batches stored in theirs.
 #[derive(Debug)]
 pub enum Effect<T> {
     /// Answer the request `to`.
@@ -156,6 +171,15 @@ pub enum Effect<T> {
     },
     /// Call the viewleader.
     CallView(ViewCall),
+    /// Keep these, all or none, and say so with [`Input::Stored`].
+    Store {
+        /// The number of the batch.
+        batch: u64,
+        /// What to keep.
+        records: Vec<Record>,
+    },
+    /// This server has left the cluster, as it was told to: end.
+    End,
     /// Print a line on the standard output.
     Print(String),
     /// Something worth a line in the log.
@@ -200,7 +224,35 @@ enum Purpose {
     Operation(OpId),
     Establish { group: InGroup, fellow: usize },
     Prepare { group: InGroup, fellow: usize, versions: Vec<Version> },
-    Fetch { group: InGroup },
+    Fetch { start: Point, since: Revision, held: Vec<(Text, Version)>, until: Option<Cursor> },
+}
+
+/// What waits until a batch is stored.
+#[derive(Debug)]
+enum Then<T> {
+    /// Answer another server.
+    Answer { to: T, answer: Answer },
+    /// Count this server's own copy of a pending entry.
+    Own { point: Point, version: Version },
+    /// Everything in this arc has been fetched.
+    Fetched { arc: Arc, since: Revision },
+    /// The identity may be told.
+    Person,
+}
+
+/// What a server is started with.
+#[derive(Debug)]
+pub struct Settings {
+    /// Where others reach it.
+    pub address: SocketAddrV4,
+    /// How long a lease it asks for.
+    pub lease: Duration,
+    /// How many bytes a second it fetches at most when data moves.
+    pub fetch_rate: u64,
+    /// Whether everything is synced before it is acknowledged.
+    pub synced: bool,
+    /// What tells this start from others over copies of the same disk.
+    pub drawn: u64,
 }
 
 /// Which kind of viewleader this server follows.
@@ -226,17 +278,34 @@ struct Agenda {
 /// A server.
 #[derive(Debug)]
 pub struct Server<T> {
-    /// Where others reach it.
-    address: SocketAddrV4,
-    lease: Duration,
+    settings: Settings,
     rng: StdRng,
-    /// Chosen when the first view is known.
+    /// Who it is, once its disk knows it, too.
     id: Option<Identity>,
+    person: Person,
+    /// What is to be kept, gathered during one step.
+    records: Vec<Record>,
+    last_batch: u64,
+    stored_batch: u64,
+    /// What waits for a batch, in order.
+    awaited: VecDeque<(u64, Then<T>)>,
+    /// No view older than this is followed: the viewleader has told of it.
+    not_before: Revision,
+    has_room: bool,
+    /// No page is asked for before.
+    fetch_at: Time,
+    /// What it has fetched from others so far, and what of it was reported.
+    moved: Progress,
+    reported: Progress,
     following: Following,
+    /// The viewleader has taken it in under its present identity.
+    joined: bool,
+    /// It has been told to leave once it holds nothing.
+    leaving: bool,
     agenda: Agenda,
     beat_sent: Time,
     leased_until: Time,
-    view: Arc<View>,
+    view: sync::Arc<View>,
     /// This server's own namespace, by place and key.
     local: BTreeMap<(Point, Text), Text>,
     table: Table,
@@ -255,20 +324,31 @@ pub struct Server<T> {
 }
 
 impl<T> Server<T> {
-    /// A server that others reach at `address`, asks for leases of this length,
-    /// and draws its identity from `rng`.
-    pub fn new(address: SocketAddrV4, lease: Duration, rng: StdRng) -> Self {
+    /// A server that goes on with what its disk holds, and draws its identity
+    /// from `rng` if it has none.
+    pub fn new(settings: Settings, recovered: Recovered, rng: StdRng) -> Self {
         let now = Some(Time::default());
-        Self {
-            address,
-            lease,
+        let mut server = Self {
+            settings,
             rng,
             id: None,
+            person: Person::default(),
+            records: Vec::new(),
+            last_batch: 0,
+            stored_batch: 0,
+            awaited: VecDeque::new(),
+            not_before: Revision(0),
+            has_room: true,
+            fetch_at: Time::default(),
+            moved: Progress::default(),
+            reported: Progress::default(),
             following: Following::Nobody,
+            joined: false,
+            leaving: false,
             agenda: Agenda { beat: None, view: now, report: None },
             beat_sent: Time::default(),
             leased_until: Time::default(),
-            view: Arc::default(),
+            view: sync::Arc::default(),
             local: BTreeMap::new(),
             table: Table::default(),
             replicas: BTreeMap::new(),
@@ -280,7 +360,9 @@ impl<T> Server<T> {
             calls: BTreeMap::new(),
             last_op: OpId(0),
             last_call: CallId(0),
-        }
+        };
+        server.recover(recovered);
+        server
     }
 
     fn call(
@@ -309,7 +391,7 @@ impl<T> Server<T> {
         if now >= self.retry_at {
             self.retry_at = now + RETRY;
             self.remind_fellows(now, out);
-            self.fetch_missing(out);
+            self.fetch_missing(now, out);
             self.retry_parked(now, out);
         }
     }
@@ -324,10 +406,7 @@ impl<T> Machine for Server<T> {
             Input::Request { from, request } => match request {
                 Request::Public(request) => self.public(now, from, request, out),
                 Request::Op(op) => self.begin(now, from, Style::Server, op, out),
-                Request::Peer(request) => {
-                    let reply = Reply::Peer(self.peer(request, out));
-                    out.push(Effect::Reply { to: from, reply });
-                }
+                Request::Peer(request) => self.peer(from, request, out),
             },
             Input::Answered { call, result } => match self.calls.remove(&call) {
                 None => {}
@@ -338,10 +417,16 @@ impl<T> Machine for Server<T> {
                 Some(Purpose::Prepare { group, fellow, versions }) => {
                     self.prepare_answered(now, group, fellow, &versions, result, out);
                 }
-                Some(Purpose::Fetch { group }) => self.fetch_answered(now, group, result, out),
+                Some(Purpose::Fetch { start, since, held, until }) => {
+                    let asked = Asked { start, since, held, until };
+                    self.fetch_answered(now, asked, result, out);
+                }
             },
             Input::FromView(news) => self.news(now, news, out),
+            Input::Stored { batch } => self.stored(now, batch, out),
+            Input::Room(room) => self.has_room = room,
             Input::Tick => self.tick(now, out),
         }
+        self.store(now, out);
     }
 }

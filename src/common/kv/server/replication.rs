@@ -1,11 +1,17 @@
 //! Prepare, commit, follow, fetch: see [`crate::kv::replica`] for the protocol.
 
-use super::{CallError, Effects, OpId, Purpose, Server, TELL};
-use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Request, Set};
+use super::{CallError, Effect, Effects, OpId, Purpose, Server, TELL, Then};
+use crate::kv::disk::Record;
+use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request, Set};
 use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, Pending, Replica};
-use crate::kv::ring::Point;
+use crate::kv::ring::{Arc, Point};
+use crate::kv::table::Cursor;
 use crate::kv::{Entry, MAX_BATCH_BYTES, Text, Version};
 use crate::machine::Time;
+use crate::view::Revision;
+use std::collections::BTreeSet;
+use std::net::SocketAddrV4;
+use std::time::Duration;
 
 impl<T> Server<T> {
     /// This server's replica for `point`, if it is in that group.
@@ -16,12 +22,26 @@ impl<T> Server<T> {
         replica.arc.contains(point).then_some(replica)
     }
 
+    /// A server in the group at `point` whose disk has no room.
+    pub(super) fn full_disk(&self, point: Point) -> Option<SocketAddrV4> {
+        if !self.has_room {
+            return Some(self.settings.address);
+        }
+        let fellows = &self.replica_at(point)?.fellows;
+        fellows.iter().find(|fellow| fellow.full).map(|fellow| fellow.address)
+    }
+
+    fn is_behind_with_storing(&self) -> bool {
+        self.last_batch - self.stored_batch >= MAX_UNSTORED
+    }
+
     /// Whether the group at `point` has room for another pending entry.
-    pub(super) fn has_room(&self, point: Point) -> bool {
-        self.replica_at(point).is_some_and(|replica| {
-            let (count, bytes) = (replica.pending.len(), replica.pending_bytes);
-            count == 0 || count < MAX_PENDING && bytes < MAX_BATCH_BYTES
-        })
+    pub(super) fn has_place(&self, point: Point) -> bool {
+        !self.is_behind_with_storing()
+            && self.replica_at(point).is_some_and(|replica| {
+                let (count, bytes) = (replica.pending.len(), replica.pending_bytes);
+                count == 0 || count < MAX_PENDING && bytes < MAX_BATCH_BYTES
+            })
     }
 
     /// As primary of `point`: prepares a write everywhere. The operation `op`
@@ -42,11 +62,11 @@ impl<T> Server<T> {
         let entry = Entry { key: Text::clone(&set.key), version, value: Text::clone(&set.val) };
         self.table.prepare(point, &entry);
         replica.push(version, pending(point, &entry, Some(op)));
-        if replica.fellows.is_empty() {
-            self.commit(start, version, out);
-        } else {
-            self.send_pending(now, start, Some(version), out);
-        }
+        replica.committed = replica.watermark();
+        let seat = Record::Seat(replica.seat());
+        self.records.push(seat);
+        self.keep_pending(point, entry);
+        self.send_pending(now, start, Some(version), out);
     }
 
     /// Sends the pending entries of the group at `start`, from `from` on, to the
@@ -160,13 +180,18 @@ impl<T> Server<T> {
         };
         primary.following.add(fellow);
         primary.unsent = true;
+        let mut news = Vec::new();
         if !primary.serving {
             for entry in prepared {
                 let point = Point::of(&entry.key);
                 if replica.arc.contains(point) && self.table.prepare(point, &entry) {
                     replica.push(entry.version, pending(point, &entry, None));
+                    news.push((point, entry));
                 }
             }
+        }
+        for (point, entry) in news {
+            self.keep_pending(point, entry);
         }
         self.go_on_if_all_follow(now, group.start, out);
     }
@@ -176,13 +201,9 @@ impl<T> Server<T> {
     fn go_on_if_all_follow(&mut self, now: Time, start: Point, out: &mut Effects<T>) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         if replica.is_serving() || replica.all_follow() {
-            if replica.fellows.is_empty() {
-                for version in replica.pending.keys().copied().collect::<Vec<_>>() {
-                    self.commit(start, version, out);
-                }
-            } else {
-                self.send_pending(now, start, None, out);
-            }
+            let pending: Vec<_> = replica.pending.keys().copied().collect();
+            self.send_pending(now, start, None, out);
+            self.commit_if_everywhere(now, start, &pending, out);
         }
         self.serve_if_clear(now, start, out);
     }
@@ -229,13 +250,31 @@ impl<T> Server<T> {
             }
             return;
         }
-        let done = versions.iter().filter(|version| replica.is_acknowledged(**version));
-        for version in done.copied().collect::<Vec<_>>() {
-            self.commit(group.start, version, out);
+        self.commit_if_everywhere(now, group.start, versions, out);
+    }
+
+    /// At the primary: commits those of `versions` that are on every disk.
+    pub(super) fn commit_if_everywhere(
+        &mut self,
+        now: Time,
+        start: Point,
+        versions: &[Version],
+        out: &mut Effects<T>,
+    ) {
+        let Some(replica) = self.replicas.get(&start).filter(|it| it.primary.is_some()) else {
+            return;
+        };
+        // Before it serves, it must have heard of everything that is pending.
+        if !replica.is_serving() && !replica.all_follow() {
+            return;
         }
-        let serves = self.replicas.get(&group.start).is_some_and(Replica::is_serving);
+        let serves = replica.is_serving();
+        let done = versions.iter().filter(|version| replica.is_everywhere(**version));
+        for version in done.copied().collect::<Vec<_>>() {
+            self.commit(start, version, out);
+        }
         if !serves {
-            self.serve_if_clear(now, group.start, out);
+            self.serve_if_clear(now, start, out);
         }
     }
 
@@ -270,19 +309,20 @@ impl<T> Server<T> {
     }
 
     /// Answers another replica.
-    pub(super) fn peer(&mut self, request: Peer, out: &mut Effects<T>) -> Answer {
+    pub(super) fn peer(&mut self, from: T, request: Peer, out: &mut Effects<T>) {
         let (start, version, to_primary) = match &request {
             Peer::Establish(group) => (group.start, group.version, false),
             Peer::Prepare(prepare) => (prepare.start, prepare.version, false),
             Peer::Fetch(fetch) => (fetch.start, fetch.version, true),
         };
-        let replica = self.replicas.get_mut(&start).filter(|replica| replica.version == version);
+        let replica = self.replicas.get(&start).filter(|replica| replica.version == version);
         let Some(replica) = replica.filter(|replica| replica.primary.is_some() == to_primary)
         else {
             let behind = version > self.view.revision;
-            return if behind { Answer::Behind {} } else { Answer::Stale {} };
+            let answer = if behind { Answer::Behind {} } else { Answer::Stale {} };
+            return out.push(Effect::Reply { to: from, reply: Reply::Peer(answer) });
         };
-        match request {
+        let answer = match request {
             Peer::Establish(_) => {
                 let pending = replica.pending.iter();
                 let prepared = pending
@@ -291,21 +331,51 @@ impl<T> Server<T> {
                 Answer::Follows { prepared }
             }
             Peer::Prepare(prepare) => {
-                for entry in &prepare.entries {
-                    let point = Point::of(&entry.key);
-                    if replica.arc.contains(point) && self.table.prepare(point, entry) {
-                        replica.push(entry.version, pending(point, entry, None));
-                    }
+                let has_entries = !prepare.entries.is_empty();
+                if has_entries && (!self.has_room || self.is_behind_with_storing()) {
+                    let answer = Answer::Behind {};
+                    return out.push(Effect::Reply { to: from, reply: Reply::Peer(answer) });
                 }
-                self.commit_up_to(start, prepare.committed, out);
+                self.take_prepare(prepare, out);
+                if has_entries {
+                    return self.then(Then::Answer { to: from, answer: Answer::Prepared {} });
+                }
                 Answer::Prepared {}
             }
             Peer::Fetch(fetch) if replica.is_serving() => {
-                let (entries, next) = self.table.page(replica.arc, fetch.after.as_ref());
-                Answer::Page { entries, next }
+                let Fetch { after, until, held, .. } = fetch;
+                let page = self.table.page(replica.arc, after.as_ref(), until.as_ref(), held);
+                let reached = page.next.as_ref().or(until.as_ref());
+                let left =
+                    reached.map_or(0, |reached| self.table.count(replica.arc, Some(reached)));
+                Answer::Page { page, left }
             }
             Peer::Fetch(_) => Answer::NotPrimary {},
+        };
+        out.push(Effect::Reply { to: from, reply: Reply::Peer(answer) });
+    }
+
+    /// At a secondary: prepares entries, and commits what the watermark says.
+    fn take_prepare(&mut self, prepare: Prepare, out: &mut Effects<T>) {
+        let start = prepare.start;
+        let Some(replica) = self.replicas.get_mut(&start) else { return };
+        let mut news = Vec::new();
+        for entry in prepare.entries {
+            let point = Point::of(&entry.key);
+            if replica.arc.contains(point) && self.table.prepare(point, &entry) {
+                replica.push(entry.version, pending(point, &entry, None));
+                news.push((point, entry));
+            }
         }
+        if replica.committed < prepare.committed && !news.is_empty() {
+            replica.committed = prepare.committed;
+            let seat = Record::Seat(replica.seat());
+            self.records.push(seat);
+        }
+        for (point, entry) in news {
+            self.keep_pending(point, entry);
+        }
+        self.commit_up_to(start, prepare.committed, out);
     }
 
     /// At a secondary: everything up to `committed` is committed.
@@ -317,48 +387,119 @@ impl<T> Server<T> {
         }
     }
 
-    /// Asks the primaries for the next pages of what this server lacks.
-    pub(super) fn fetch_missing(&mut self, out: &mut Effects<T>) {
+    /// Asks the primaries for the next pages of what this server lacks, as fast
+    /// as it may.
+    pub(super) fn fetch_missing(&mut self, now: Time, out: &mut Effects<T>) {
         for start in self.replicas.keys().copied().collect::<Vec<_>>() {
             let Some(replica) = self.replicas.get_mut(&start) else { continue };
             let Fetched::UpTo(after) = &replica.fetched else { continue };
             let Some(primary) = self.view.primary_of(start) else { continue };
-            if replica.fetching || replica.primary.is_some() {
+            if replica.fetching || replica.primary.is_some() || now < self.fetch_at {
                 continue;
             }
             replica.fetching = true;
-            let group = replica.in_group();
-            let InGroup { start, version } = group;
-            let fetch = Fetch { start, version, after: after.clone() };
-            self.call(primary, Request::Peer(Peer::Fetch(fetch)), Purpose::Fetch { group }, out);
+            let (held, until) = self.table.old(replica.arc, after.as_ref(), MAX_HELD);
+            let since = replica.since;
+            let InGroup { start, version } = replica.in_group();
+            let (after, until) = (after.clone(), until.clone());
+            let fetch = Fetch { start, version, after, until: until.clone(), held: held.clone() };
+            let purpose = Purpose::Fetch { start, since, held, until };
+            self.call(primary, Request::Peer(Peer::Fetch(fetch)), purpose, out);
         }
     }
 
     pub(super) fn fetch_answered(
         &mut self,
         now: Time,
-        group: InGroup,
+        asked: Asked,
         result: Result<Answer, CallError>,
         out: &mut Effects<T>,
     ) {
-        let Some(replica) = self.replicas.get_mut(&group.start) else { return };
-        if replica.version != group.version {
+        let Asked { start, since, held, until } = asked;
+        let Some(replica) = self.replicas.get_mut(&start) else { return };
+        // What is committed stays right under later versions, in the same seat.
+        if replica.since != since || replica.fetched == Fetched::All {
             return;
         }
         replica.fetching = false;
-        let Ok(Answer::Page { entries, next }) = result else { return };
-        for entry in entries {
-            let point = Point::of(&entry.key);
-            if replica.arc.contains(point) {
-                self.table.insert(point, entry);
+        let Ok(Answer::Page { page, left }) = result else { return };
+        let arc = replica.arc;
+        let reached = page.next.or(until);
+        replica.left = left;
+        let bytes: usize = page.entries.iter().map(Entry::bytes).sum();
+        self.moved.keys += page.entries.len() as u64;
+        self.moved.bytes += bytes as u64;
+        self.fetch_at = now + page_time(bytes, self.settings.fetch_rate);
+        let gone: BTreeSet<&Text> = page.gone.iter().collect();
+        let place = |key: &Text| (Point::of(key).distance_from(arc.start), Text::clone(key));
+        let end = reached.as_ref().map(|cursor| place(&cursor.key));
+        for (key, _) in held {
+            if end.as_ref().is_some_and(|end| place(&key) > *end) {
+                continue;
+            }
+            let point = Point::of(&key);
+            if self.table.settle_old(point, &key, !gone.contains(&key)) {
+                self.records.push(Record::Drop { point, key });
             }
         }
-        replica.fetched = next.map_or(Fetched::All, |cursor| Fetched::UpTo(Some(cursor)));
-        if replica.fetched == Fetched::All {
-            self.agenda.report = self.agenda.report.map(|_| now);
+        for entry in page.entries {
+            let point = Point::of(&entry.key);
+            if arc.contains(point) {
+                if self.table.replace(point, entry.clone()) {
+                    self.moved.needed += entry.bytes() as u64;
+                }
+                self.records.push(Record::Entry { point, entry });
+            }
         }
-        self.fetch_missing(out);
+        match reached.filter(|cursor| arc.contains(cursor.point)) {
+            Some(cursor) => {
+                if let Some(replica) = self.replicas.get_mut(&start) {
+                    replica.fetched = Fetched::UpTo(Some(cursor));
+                }
+                self.fetch_missing(now, out);
+            }
+            None => {
+                if let Some(replica) = self.replicas.get_mut(&start) {
+                    replica.fetched = Fetched::Storing;
+                }
+                self.then(Then::Fetched { arc, since });
+            }
+        }
     }
+
+    /// Everything in `arc` that was fetched is on the disk: the replica may be
+    /// ready; or its parts, if the arc has been split meanwhile.
+    pub(super) fn fetch_stored(&mut self, now: Time, arc: Arc, since: Revision) {
+        for replica in self.replicas.values_mut() {
+            let is_part = replica.since == since && arc.contains(replica.arc.start);
+            if is_part && replica.fetched == Fetched::Storing {
+                replica.fetched = Fetched::All;
+                replica.left = 0;
+                self.records.push(Record::Seat(replica.seat()));
+                self.agenda.report = self.agenda.report.map(|_| now);
+            }
+        }
+    }
+}
+
+/// How many batches can wait to be stored; until there are fewer, writes wait.
+/// The shell's queue holds more.
+const MAX_UNSTORED: u64 = 16 * 1024;
+
+/// How many keys a replica names of those that it has already, in one question.
+const MAX_HELD: usize = 1000;
+
+/// A page that was asked for.
+pub(super) struct Asked {
+    pub(super) start: Point,
+    pub(super) since: Revision,
+    pub(super) held: Vec<(Text, Version)>,
+    pub(super) until: Option<Cursor>,
+}
+
+/// How long a page of so many bytes takes at `rate` bytes a second.
+fn page_time(bytes: usize, rate: u64) -> Duration {
+    Duration::from_micros(bytes as u64 * 1_000_000 / rate.max(1))
 }
 
 /// A pending entry that nobody has acknowledged yet.
@@ -369,6 +510,7 @@ fn pending(point: Point, entry: &Entry, op: Option<OpId>) -> Pending {
         bytes: entry.bytes(),
         asked: Fellows::default(),
         acknowledged: Fellows::default(),
+        stored: false,
         op,
     }
 }

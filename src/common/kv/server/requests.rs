@@ -13,7 +13,6 @@ use crate::kv::{MAX_BATCH_BYTES, Text, Version};
 use crate::machine::Time;
 use crate::wire::Refusal;
 use std::collections::BTreeMap;
-use std::net::SocketAddrV4;
 use std::ops::Bound;
 use std::time::Duration;
 
@@ -39,7 +38,7 @@ impl<T> Server<T> {
     pub(super) fn public(&mut self, now: Time, from: T, request: Public, out: &mut Effects<T>) {
         let status = |status| Reply::Status { status, version: None };
         let is_original = matches!(self.following, Following::Original(_));
-        let via = self.address;
+        let via = self.settings.address;
         let reply = match request {
             Public::Print(print) => {
                 out.push(Effect::Print(print.text.join(" ")));
@@ -86,7 +85,7 @@ impl<T> Server<T> {
     /// Under an original viewleader there are no groups: each server keeps what
     /// the client commits to it, as the original's do.
     fn public_under_original(&mut self, now: Time, request: Public) -> Reply {
-        let via = self.address;
+        let via = self.settings.address;
         match request {
             Public::SetrRequest(Get { key }) => {
                 if self.marks.vote(now, &key, via) {
@@ -196,7 +195,11 @@ impl<T> Server<T> {
                 if let Some(refusal) = self.refusal_if_hopeless(point) {
                     return self.refuse(id, refusal, out);
                 }
-                match self.view.primary_of(point).filter(|primary| *primary != self.address) {
+                match self
+                    .view
+                    .primary_of(point)
+                    .filter(|primary| *primary != self.settings.address)
+                {
                     None => Stage::Parked,
                     Some(primary) => {
                         let purpose = Purpose::Operation(id);
@@ -239,7 +242,10 @@ impl<T> Server<T> {
                 let ok = self.marks.deny(now, &vote.key, vote.via);
                 return Attempt::Answer(Answer::Vote { ok, epoch: self.view.epoch });
             }
-            Op::PrimaryCommit(_) | Op::PrimarySet(_) if !self.has_room(point) => {
+            Op::PrimaryCommit(_) | Op::PrimarySet(_) if self.full_disk(point).is_some() => {
+                return Attempt::Answer(Answer::Full { server: self.full_disk(point) });
+            }
+            Op::PrimaryCommit(_) | Op::PrimarySet(_) if !self.has_place(point) => {
                 return Attempt::NotHere;
             }
             Op::PrimaryCommit(commit) => {
@@ -266,7 +272,8 @@ impl<T> Server<T> {
         };
         let group = &self.view.groups[index];
         group.is_lost().then(|| {
-            let held: Vec<String> = group.held_by.iter().map(SocketAddrV4::to_string).collect();
+            let held: Vec<String> =
+                group.held_by.iter().map(|holder| holder.address.to_string()).collect();
             Refusal::unavailable(format!(
                 "the arc {} is lost: no server with its data is there; it was held last by {}",
                 self.view.arc(index),
@@ -425,6 +432,13 @@ impl<T> Server<T> {
             Answer::Unknown {} if own => Reply::Refused(Refusal::unknown_outcome(
                 "the write may or may not have been made, now or soon: read the key to find out",
             )),
+            Answer::Full { server } if own => {
+                let server = server.map_or_else(|| "a server".to_owned(), |it| it.to_string());
+                Reply::Refused(Refusal::unavailable(format!(
+                    "nothing was written: the disk of {server}, which holds the key, is full; \
+                     make room there or drain it"
+                )))
+            }
             _ => return out.push(Effect::Close { to }),
         };
         out.push(Effect::Reply { to, reply });
