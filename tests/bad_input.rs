@@ -295,7 +295,7 @@ fn a_fetch_from_beyond_the_ring_is_refused() {
     let target = Target::server();
     let (group, _) = group_of("k", target.leader);
     let Group { start, version, .. } = group;
-    let fetch = |point: u32| json!({"cmd": "fetch", "start": start, "version": version, "after": {"point": point}});
+    let fetch = |point: u32| json!({"cmd": "fetch", "start": start, "version": version, "after": {"point": point, "key": ""}});
     assert_eq!(call(target.address, &fetch(9_999)).value()["answer"], "page");
     for point in [10_000, 65_535] {
         assert_refused(call(target.address, &fetch(point)), "fetch: ").unwrap();
@@ -535,11 +535,13 @@ fn a_connection_over_the_limit_is_refused_clearly_until_another_one_closes() {
         command.args(["--listen", "127.0.0.1:0", "--max-connections", &LIMIT.to_string()]);
         command
     };
+    let mut viewleader = limited(env!("CARGO_BIN_EXE_viewleader"));
+    viewleader.arg("--data-dir").arg(data.path().join("viewleader"));
     let mut server = limited(env!("CARGO_BIN_EXE_server"));
     // Its viewleader is not there: it has no other connections.
-    server.args(["--viewleader", "127.0.0.1:1", "--data-dir"]).arg(data.path());
+    server.args(["--viewleader", "127.0.0.1:1", "--data-dir"]).arg(data.path().join("server"));
     for (command, good) in [
-        (&mut limited(env!("CARGO_BIN_EXE_viewleader")), json!({"cmd": "query_servers"})),
+        (&mut viewleader, json!({"cmd": "query_servers"})),
         (&mut server, json!({"cmd": "set", "key": "a", "val": "b"})),
     ] {
         let mut program = Program::start("limited", command);

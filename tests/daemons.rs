@@ -27,9 +27,10 @@ const SECONDS: Duration = Duration::from_secs(8);
 /// Nobody listens there.
 const NOBODY: &str = "127.0.0.1:1";
 
-fn viewleader(flags: &[&str]) -> Command {
+/// A viewleader with its data in a folder of `data`.
+fn viewleader(data: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_viewleader"));
-    command.args(flags);
+    command.arg("--data-dir").arg(data.join("viewleader")).args(flags);
     command
 }
 
@@ -44,7 +45,7 @@ fn server(data: &Path, flags: &[&str]) -> Command {
 /// else is there.
 fn both(data: &Path, flags: &[&str]) -> [(&'static str, Command, serde_json::Value); 2] {
     [
-        ("viewleader", viewleader(flags), json!({"cmd": "query_servers"})),
+        ("viewleader", viewleader(data, flags), json!({"cmd": "query_servers"})),
         ("server", server(data, flags), json!({"cmd": "query_all_keys"})),
     ]
 }

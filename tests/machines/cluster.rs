@@ -316,9 +316,10 @@ impl Cluster {
         self.network.heal(party);
     }
 
-    /// From now on, what `from` sends to `to` waits.
-    pub(crate) fn hold(&mut self, from: Party, to: Party) {
-        self.network.hold(from, to);
+    /// From now on, what `from` sends to `to` waits; or only what it sends on one
+    /// lane.
+    pub(crate) fn hold(&mut self, from: Party, to: Party, only: Option<Lane>) {
+        self.network.hold(from, to, only);
     }
 
     /// What `from` sends to `to` waits no more, nor does what has waited.

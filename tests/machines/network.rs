@@ -100,12 +100,20 @@ pub(crate) struct Way {
 /// How long a parcel takes on its way.
 pub(crate) type Delay = Box<dyn FnMut(Way) -> Duration>;
 
+/// What waits from one party to another.
+#[derive(Default)]
+struct Held {
+    /// Nothing else is held than this lane.
+    only: Option<Lane>,
+    waiting: Vec<(Lane, Parcel)>,
+}
+
 /// All connections.
 pub(crate) struct Network {
     delay: Delay,
     /// When the last parcel on each way arrives.
     last: BTreeMap<Way, Time>,
-    held: BTreeMap<(Party, Party), Vec<(Lane, Parcel)>>,
+    held: BTreeMap<(Party, Party), Held>,
     cut: BTreeSet<Party>,
 }
 
@@ -134,8 +142,10 @@ impl Network {
         if self.cut.contains(&from) || self.cut.contains(&to) {
             return Sent::Lost;
         }
-        if let Some(held) = self.held.get_mut(&(from, to)) {
-            held.push((lane, parcel));
+        if let Some(held) = self.held.get_mut(&(from, to))
+            && held.only.is_none_or(|only| only == lane)
+        {
+            held.waiting.push((lane, parcel));
             return Sent::Held;
         }
         let back = !matches!(parcel.body, Body::Request(_));
@@ -146,19 +156,20 @@ impl Network {
         Sent::Arrives(*last, parcel)
     }
 
-    /// From now on, what `from` sends to `to` waits.
-    pub(crate) fn hold(&mut self, from: Party, to: Party) {
-        self.held.entry((from, to)).or_default();
+    /// From now on, what `from` sends to `to` waits; or only what it sends on one
+    /// lane.
+    pub(crate) fn hold(&mut self, from: Party, to: Party, only: Option<Lane>) {
+        self.held.entry((from, to)).or_default().only = only;
     }
 
     /// What `from` sends to `to` waits no more. Returns what has waited.
     pub(crate) fn release(&mut self, from: Party, to: Party) -> Vec<(Lane, Parcel)> {
-        self.held.remove(&(from, to)).unwrap_or_default()
+        self.held.remove(&(from, to)).unwrap_or_default().waiting
     }
 
     /// What waits from `from` to `to`; nothing when that is not held.
     pub(crate) fn waiting(&mut self, from: Party, to: Party) -> Option<&mut Vec<(Lane, Parcel)>> {
-        self.held.get_mut(&(from, to))
+        self.held.get_mut(&(from, to)).map(|held| &mut held.waiting)
     }
 
     /// Loses everything from and to `party` from now on.

@@ -10,6 +10,7 @@
 //! | `settle` | let everything happen until nothing new has been seen for half a second |
 //! | `advance 5s` | let everything happen for so long |
 //! | `hold s1 s2`, `release s1 s2` | from now on what s1 sends to s2 waits; no more |
+//! | `hold s1 viewleader views` | only that of calls of this kind: `beats`, `views`, `reports` |
 //! | `held s1 s2`, `deliver s1 s2 [N]`, `duplicate s1 s2`, `drop s1 s2` | what waits: show it; let it (the first N) through; twice over; lose it |
 //! | `cut s1`, `heal s1` | lose everything from and to s1; no more |
 //! | `kill s1`, `pause s1`, `resume s1` | the process; the name may be `viewleader` |
@@ -23,8 +24,8 @@
 //! next command that lets time pass.
 
 use super::arguments::{Failure, exactly, option, positional, span};
-use super::cluster::{Clock, Cluster};
-use super::network::Party;
+use super::cluster::{Clock, Cluster, Outcome};
+use super::network::{Lane, Party};
 use goldenscript::{Command, Context, Runner};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -181,7 +182,10 @@ impl ServersScript {
         let (from, to) = (self.party(from)?, self.party(to)?);
         let cluster = &mut self.cluster;
         match (command.name.as_str(), rest) {
-            ("hold", []) => cluster.hold(from, to),
+            ("hold", []) => cluster.hold(from, to, None),
+            ("hold", ["beats"]) => cluster.hold(from, to, Some(Lane::Beat)),
+            ("hold", ["views"]) => cluster.hold(from, to, Some(Lane::View)),
+            ("hold", ["reports"]) => cluster.hold(from, to, Some(Lane::Report)),
             ("release", []) => cluster.release(from, to),
             ("deliver", []) => cluster.deliver(from, to, usize::MAX),
             ("deliver", [count]) => cluster.deliver(from, to, count.parse()?),
@@ -212,10 +216,10 @@ impl ServersScript {
 
     fn keys(&mut self, at: Party) -> Result<String, Failure> {
         let Party::Server(at) = at else { return Err("only servers hold keys".into()) };
-        let client = self.cluster.ask(at, &json!({"cmd": "query_all_keys"}));
-        (_, _) = (self.cluster.trace.take(), client);
-        let outcomes = self.cluster.outcomes();
-        let Some((_, super::cluster::Outcome::Reply(reply))) = outcomes.last() else {
+        self.cluster.ask(at, &json!({"cmd": "query_all_keys"}));
+        // The keys are said below, by their names.
+        self.cluster.trace.take();
+        let Some((_, Outcome::Reply(reply))) = self.cluster.outcomes().pop() else {
             return Err("no reply".into());
         };
         let reply: Value = serde_json::from_str(reply)?;
@@ -223,7 +227,7 @@ impl ServersScript {
         let keys = keys.iter().filter_map(Value::as_str);
         let mut keys: Vec<&str> = keys.map(|key| self.cluster.names.key(key)).collect();
         keys.sort_unstable();
-        Ok(format!("{}\n", keys.join(" ")))
+        Ok(if keys.is_empty() { "none\n".to_owned() } else { format!("{}\n", keys.join(" ")) })
     }
 
     /// A client's request.

@@ -235,13 +235,11 @@ impl Run {
     fn can_spare(&self, victim: usize) -> bool {
         let view = self.cluster.view();
         let others = (0..self.cluster.servers()).filter(|server| *server != victim);
-        let is_here = |server: &usize| {
-            self.cluster.is_up(*server) && !self.shaky.contains_key(server)
-        };
+        let is_here =
+            |server: &usize| self.cluster.is_up(*server) && !self.shaky.contains_key(server);
         let others: Vec<usize> = others.filter(is_here).collect();
-        let healthy = |id: &Identity| {
-            others.iter().any(|server| self.cluster.identity(*server) == Some(id))
-        };
+        let healthy =
+            |id: &Identity| others.iter().any(|server| self.cluster.identity(*server) == Some(id));
         let kept = view.groups.iter().all(|group| {
             let target = view.target_of(group.start);
             target.iter().any(|id| group.ready.contains(id) && healthy(id))

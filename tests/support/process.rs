@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// How long anything may take on a busy machine before a test gives up on it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -85,6 +86,8 @@ pub(crate) struct Program {
     child: Child,
     stdout: Collected,
     stderr: Collected,
+    /// A folder that goes when the program is gone.
+    _data: Option<TempDir>,
 }
 
 /// A program that has ended.
@@ -113,7 +116,13 @@ impl Program {
             .unwrap_or_else(|error| panic!("can't start {name} ({command:?}): {error}"));
         let stdout = Collected::from(child.stdout.take().unwrap());
         let stderr = Collected::from(child.stderr.take().unwrap());
-        Self { name: name.to_owned(), child, stdout, stderr }
+        Self { name: name.to_owned(), child, stdout, stderr, _data: None }
+    }
+
+    /// Keeps `data`, which the program uses, as long as the program.
+    pub(crate) fn keeping(mut self, data: TempDir) -> Self {
+        self._data = Some(data);
+        self
     }
 
     /// What it has written to standard output so far.

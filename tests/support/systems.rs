@@ -79,9 +79,13 @@ pub(crate) fn local(port: u16) -> SocketAddrV4 {
 // ---- ours ----
 
 /// Starts our viewleader on `port`; 0 stands for any.
+///
+/// Its data goes with the program.
 pub(crate) fn our_viewleader(port: u16) -> Program {
+    let data = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_viewleader"));
-    Program::start("viewleader", command.args(["--listen", &local(port).to_string()]))
+    command.args(["--listen", &local(port).to_string()]).arg("--data-dir").arg(data.path());
+    Program::start("viewleader", &mut command).keeping(data)
 }
 
 /// Starts our server on `port`, 0 standing for any, with its data in `folder`.
