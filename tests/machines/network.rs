@@ -7,12 +7,11 @@
 //! and as answer, until it is delivered, duplicated or dropped by hand. A party
 //! can be *cut off*: what it sends or is sent is lost, and only time-outs tell.
 
+use super::chance::Chance;
 use ringleader::kv::messages::{Op, Request};
 use ringleader::machine::Time;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::rc::Rc;
-use std::time::Duration;
 
 /// Who can send and be sent something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -97,9 +96,6 @@ pub(crate) struct Way {
     pub(crate) back: bool,
 }
 
-/// How long a parcel takes on its way.
-pub(crate) type Delay = Box<dyn FnMut(Way) -> Duration>;
-
 /// What waits from one party to another.
 #[derive(Default)]
 struct Held {
@@ -109,34 +105,22 @@ struct Held {
 }
 
 /// All connections.
+#[derive(Default)]
 pub(crate) struct Network {
-    delay: Delay,
     /// When the last parcel on each way arrives.
     last: BTreeMap<Way, Time>,
     held: BTreeMap<(Party, Party), Held>,
     cut: BTreeSet<Party>,
 }
 
-impl fmt::Debug for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Network").field("cut", &self.cut).finish_non_exhaustive()
-    }
-}
-
 impl Network {
-    /// A network on which a parcel takes as long as `delay` says, and longer if
-    /// the one before it arrives later.
-    pub(crate) fn new(delay: Delay) -> Self {
-        Self { delay, last: BTreeMap::new(), held: BTreeMap::new(), cut: BTreeSet::new() }
-    }
-
-    /// Sends a parcel.
+    /// Sends a parcel. It takes as long as `chance` says, and longer if the one
+    /// before it arrives later.
     pub(crate) fn send(
         &mut self,
         now: Time,
-        from: Party,
-        to: Party,
-        lane: Lane,
+        chance: &mut dyn Chance,
+        (from, to, lane): (Party, Party, Lane),
         parcel: Parcel,
     ) -> Sent {
         if self.cut.contains(&from) || self.cut.contains(&to) {
@@ -150,7 +134,7 @@ impl Network {
         }
         let back = !matches!(parcel.body, Body::Request(_));
         let way = Way { from, to, lane, back };
-        let delay = (self.delay)(way);
+        let delay = chance.delay(way);
         let last = self.last.entry(way).or_default();
         *last = (now + delay).max(*last);
         Sent::Arrives(*last, parcel)

@@ -113,7 +113,13 @@ pub(crate) fn request(names: &Names, request: &Request) -> String {
             Peer::Fetch(fetch) => {
                 let group = InGroup { start: fetch.start, version: fetch.version };
                 let more = if fetch.after.is_some() { ", next page" } else { "" };
-                format!("fetch {}{more}", in_group(names, group))
+                let held = fetch.held.iter().map(|(k, version)| format!("{}@{version}", key(k)));
+                match held.collect::<Vec<_>>().as_slice() {
+                    [] => format!("fetch {}{more}", in_group(names, group)),
+                    held => {
+                        format!("fetch {}{more}, holding {}", in_group(names, group), held.join(" "))
+                    }
+                }
             }
         },
     }
@@ -149,16 +155,23 @@ pub(crate) fn answer(names: &Names, asked: &Request, answer: &Answer) -> Option<
             }
             _ => "prepared".to_owned(),
         },
-        Answer::Page { entries: page, next } => {
+        Answer::Full { server } => {
+            let server = server.map(|server| names.at(server)).unwrap_or_default();
+            format!("{server} is full: {}", request(names, asked))
+        }
+        Answer::Page { page, .. } => {
             let arc = match asked {
                 Request::Peer(Peer::Fetch(fetch)) => names.arc(fetch.start),
                 _ => String::new(),
             };
-            let more = if next.is_some() { " and more" } else { "" };
-            match page.as_slice() {
-                [] => format!("page of arc {arc}: nothing{more}"),
-                held => format!("page of arc {arc}: {}{more}", entries(names, held)),
+            let mut words = match page.entries.as_slice() {
+                [] => format!("page of arc {arc}: nothing"),
+                held => format!("page of arc {arc}: {}", entries(names, held)),
+            };
+            for key in &page.gone {
+                words = format!("{words}, no {}", names.key(key));
             }
+            if page.next.is_some() { words + " and more" } else { words }
         }
     })
 }

@@ -377,5 +377,8 @@ pub enum Answer {
         page: Page,
         /// How many keys are left, about.
         left: u64,
+        /// Everything up to this version is committed, and is in a page or was
+        /// prepared.
+        committed: Version,
     },
 }

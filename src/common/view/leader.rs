@@ -401,7 +401,12 @@ impl<T> Leader<T> {
             let lease = self.view().member(id).map_or(ORIGINAL_LEASE, lease_of);
             end > now && end <= now + lease / SUSPECT_PART
         };
-        if self.leases.iter().any(|(id, end)| is_suspect(id, *end)) {
+        let waited_for = |(id, end): (&Identity, &Time)| is_suspect(id, *end);
+        let long_over = |(id, end): (&Identity, &Time)| {
+            let lease = self.view().member(id).map_or(ORIGINAL_LEASE, lease_of);
+            *end + lease / SUSPECT_PART <= now
+        };
+        if self.leases.iter().any(waited_for) && !self.leases.iter().any(long_over) {
             return;
         }
         let gone = self.leases.iter().filter(|(_, end)| over(end));

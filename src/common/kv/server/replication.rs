@@ -217,6 +217,8 @@ impl<T> Server<T> {
             if let Some(primary) = replica.primary.as_mut() {
                 primary.serving = true;
             }
+            replica.committed = replica.watermark();
+            self.records.push(Record::Seat(replica.seat()));
             self.retry_parked(now, out);
         }
         self.agenda.report = self.agenda.report.map(|_| now);
@@ -348,7 +350,7 @@ impl<T> Server<T> {
                 let reached = page.next.as_ref().or(until.as_ref());
                 let left =
                     reached.map_or(0, |reached| self.table.count(replica.arc, Some(reached)));
-                Answer::Page { page, left }
+                Answer::Page { page, left, committed: replica.watermark() }
             }
             Peer::Fetch(_) => Answer::NotPrimary {},
         };
@@ -422,8 +424,9 @@ impl<T> Server<T> {
             return;
         }
         replica.fetching = false;
-        let Ok(Answer::Page { page, left }) = result else { return };
+        let Ok(Answer::Page { page, left, committed }) = result else { return };
         let arc = replica.arc;
+        replica.committed = replica.committed.max(committed);
         let reached = page.next.or(until);
         replica.left = left;
         let bytes: usize = page.entries.iter().map(Entry::bytes).sum();
