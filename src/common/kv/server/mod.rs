@@ -13,6 +13,7 @@
 //! never begun, so it is `unavailable`; a write that it finds forwarded or
 //! writing has an unknown outcome.
 
+mod fetch;
 mod membership;
 mod replication;
 mod requests;
@@ -29,8 +30,8 @@ use crate::machine::{Machine, Time};
 use crate::view::messages::{Heartbeat, HeartbeatReply, Progress, QueryView, Report};
 use crate::view::{Epoch, Revision, View};
 use crate::wire::{Identity, Refusal};
+use fetch::Asked;
 use rand::rngs::StdRng;
-use replication::Asked;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddrV4;
 use std::sync;

@@ -1,17 +1,13 @@
-//! Prepare, commit, follow, fetch: see [`crate::kv::replica`] for the protocol.
+//! Prepare, commit, follow: see [`crate::kv::replica`] for the protocol.
 
 use super::{CallError, Effect, Effects, OpId, Purpose, Server, TELL, Then};
 use crate::kv::disk::Record;
 use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request, Set};
-use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, Pending, Replica};
-use crate::kv::ring::{Arc, Point};
-use crate::kv::table::Cursor;
+use crate::kv::replica::{Fellows, MAX_PENDING, Pending, Replica};
+use crate::kv::ring::Point;
 use crate::kv::{Entry, MAX_BATCH_BYTES, Text, Version};
 use crate::machine::Time;
-use crate::view::Revision;
-use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
-use std::time::Duration;
 
 impl<T> Server<T> {
     /// This server's replica for `point`, if it is in that group.
@@ -388,122 +384,11 @@ impl<T> Server<T> {
             self.commit(start, version, out);
         }
     }
-
-    /// Asks the primaries for the next pages of what this server lacks, as fast
-    /// as it may.
-    pub(super) fn fetch_missing(&mut self, now: Time, out: &mut Effects<T>) {
-        for start in self.replicas.keys().copied().collect::<Vec<_>>() {
-            let Some(replica) = self.replicas.get_mut(&start) else { continue };
-            let Fetched::UpTo(after) = &replica.fetched else { continue };
-            let Some(primary) = self.view.primary_of(start) else { continue };
-            if replica.fetching || replica.primary.is_some() || now < self.fetch_at {
-                continue;
-            }
-            replica.fetching = true;
-            let (held, until) = self.table.old(replica.arc, after.as_ref(), MAX_HELD);
-            let since = replica.since;
-            let InGroup { start, version } = replica.in_group();
-            let (after, until) = (after.clone(), until.clone());
-            let fetch = Fetch { start, version, after, until: until.clone(), held: held.clone() };
-            let purpose = Purpose::Fetch { start, since, held, until };
-            self.call(primary, Request::Peer(Peer::Fetch(fetch)), purpose, out);
-        }
-    }
-
-    pub(super) fn fetch_answered(
-        &mut self,
-        now: Time,
-        asked: Asked,
-        result: Result<Answer, CallError>,
-        out: &mut Effects<T>,
-    ) {
-        let Asked { start, since, held, until } = asked;
-        let Some(replica) = self.replicas.get_mut(&start) else { return };
-        // What is committed stays right under later versions, in the same seat.
-        if replica.since != since || replica.fetched == Fetched::All {
-            return;
-        }
-        replica.fetching = false;
-        let Ok(Answer::Page { page, left, committed }) = result else { return };
-        let arc = replica.arc;
-        replica.committed = replica.committed.max(committed);
-        let reached = page.next.or(until);
-        replica.left = left;
-        let bytes: usize = page.entries.iter().map(Entry::bytes).sum();
-        self.moved.keys += page.entries.len() as u64;
-        self.moved.bytes += bytes as u64;
-        self.fetch_at = now + page_time(bytes, self.settings.fetch_rate);
-        let gone: BTreeSet<&Text> = page.gone.iter().collect();
-        let place = |key: &Text| (Point::of(key).distance_from(arc.start), Text::clone(key));
-        let end = reached.as_ref().map(|cursor| place(&cursor.key));
-        for (key, _) in held {
-            if end.as_ref().is_some_and(|end| place(&key) > *end) {
-                continue;
-            }
-            let point = Point::of(&key);
-            if self.table.settle_old(point, &key, !gone.contains(&key)) {
-                self.records.push(Record::Drop { point, key });
-            }
-        }
-        for entry in page.entries {
-            let point = Point::of(&entry.key);
-            if arc.contains(point) {
-                if self.table.replace(point, entry.clone()) {
-                    self.moved.needed += entry.bytes() as u64;
-                }
-                self.records.push(Record::Entry { point, entry });
-            }
-        }
-        match reached.filter(|cursor| arc.contains(cursor.point)) {
-            Some(cursor) => {
-                if let Some(replica) = self.replicas.get_mut(&start) {
-                    replica.fetched = Fetched::UpTo(Some(cursor));
-                }
-                self.fetch_missing(now, out);
-            }
-            None => {
-                if let Some(replica) = self.replicas.get_mut(&start) {
-                    replica.fetched = Fetched::Storing;
-                }
-                self.then(Then::Fetched { arc, since });
-            }
-        }
-    }
-
-    /// Everything in `arc` that was fetched is on the disk: the replica may be
-    /// ready; or its parts, if the arc has been split meanwhile.
-    pub(super) fn fetch_stored(&mut self, now: Time, arc: Arc, since: Revision) {
-        for replica in self.replicas.values_mut() {
-            let is_part = replica.since == since && arc.contains(replica.arc.start);
-            if is_part && replica.fetched == Fetched::Storing {
-                replica.fetched = Fetched::All;
-                replica.left = 0;
-                self.records.push(Record::Seat(replica.seat()));
-                self.agenda.report = self.agenda.report.map(|_| now);
-            }
-        }
-    }
 }
 
 /// How many batches can wait to be stored; until there are fewer, writes wait.
 /// The shell's queue holds more.
 const MAX_UNSTORED: u64 = 16 * 1024;
-
-/// How many keys a replica names of those that it has already, in one question.
-const MAX_HELD: usize = 1000;
-
-/// A page that was asked for.
-pub(super) struct Asked {
-    pub(super) start: Point,
-    pub(super) since: Revision,
-    pub(super) held: Vec<(Text, Version)>,
-    pub(super) until: Option<Cursor>,
-}
-
-/// How long a page of so many bytes takes at `rate` bytes a second.
-fn page_time(bytes: usize, rate: u64) -> Duration {
-    Duration::from_micros(bytes as u64 * 1_000_000 / rate.max(1))
-}
 
 /// A pending entry that nobody has acknowledged yet.
 fn pending(point: Point, entry: &Entry, op: Option<OpId>) -> Pending {

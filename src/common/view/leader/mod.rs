@@ -16,7 +16,7 @@
 //! that has just started gives every member one full lease.
 //!
 //! Members whose leases run out at about the same time are put out together: see
-//! [`Leader::expire`].
+//! `leases.rs`.
 //!
 //! # Rebalancing
 //! When the groups are not at their target, the machine asks for a worker, a
@@ -25,37 +25,28 @@
 //! groups advance whenever there is something new, and is done when all are at
 //! rest. Workers follow each other: each waits for the lock in its turn.
 
+mod leases;
+mod rebalancing;
+
+pub use leases::{DRIFT_PER_MILLE, MAX_LEASE, MIN_LEASE, ORIGINAL_LEASE};
+pub use rebalancing::{Cause, REBALANCING, Worker};
+
+use leases::{lease_of, margin};
+use rebalancing::Rebalance;
+
 use super::locks::Grant;
 use super::messages::{
-    Beat, Heartbeat, HeartbeatReply, LockCall, Okay, Progress, QueryView, RebalanceStatus, Report,
-    ViewAnswer, ViewReply, ViewRequest,
+    Beat, Heartbeat, LockCall, Okay, Progress, QueryView, Report, ViewAnswer, ViewReply,
+    ViewRequest,
 };
 use super::state::{Change, MAX_MEMBERS, Outcome, State};
 use super::{Dialect, Member, Revision, View};
-use crate::kv::ring::Point;
 use crate::machine::{Machine, Time};
 use crate::wire::{Identity, Refusal};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// The lease of a server that names none: the original's.
-pub const ORIGINAL_LEASE: Duration = Duration::from_secs(30);
-
-/// The shortest lease that is granted.
-pub const MIN_LEASE: Duration = Duration::from_millis(500);
-
-/// The longest lease that is granted.
-pub const MAX_LEASE: Duration = Duration::from_secs(300);
-
-/// By how much two clocks' rates may differ: thousandths of a lease that the
-/// viewleader waits longer than the server does.
-pub const DRIFT_PER_MILLE: u32 = 20;
-
-/// A member that has this part of its lease left, or less, has missed several
-/// heartbeats.
-const SUSPECT_PART: u32 = 4;
 
 /// How many requests can wait for the next view at once.
 pub const MAX_WATCHERS: usize = 10_000;
@@ -66,9 +57,6 @@ pub const MAX_WATCH_MS: u64 = 60_000;
 /// How many changes can be on their way into the log; beyond it, requests are
 /// refused.
 pub const MAX_PROPOSED: usize = 10_000;
-
-/// The lock that a rebalancing holds.
-pub const REBALANCING: &str = "rebalancing";
 
 /// What can happen to the viewleader. `T` names a request to its shell.
 #[derive(Debug)]
@@ -126,39 +114,6 @@ pub enum Effect<T> {
     Note(String),
 }
 
-/// A rebalancing worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Worker {
-    /// Why it was started.
-    pub cause: Cause,
-    /// Tells it from the others.
-    pub number: u64,
-}
-
-/// Why a rebalancing is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Cause {
-    /// A server has failed or left.
-    Failed,
-    /// A server was added.
-    Added,
-}
-
-impl Worker {
-    /// What its thread is called, after the original's workers.
-    pub fn name(self) -> &'static str {
-        match self.cause {
-            Cause::Failed => "rebalancing_f",
-            Cause::Added => "rebalancing_a",
-        }
-    }
-
-    fn lock_call(self) -> LockCall {
-        let requestor = Identity::text(format!("{}-{}", self.name(), self.number));
-        LockCall { lockid: REBALANCING.to_owned(), requestor }
-    }
-}
-
 #[derive(Debug)]
 struct Watcher<T> {
     to: T,
@@ -201,15 +156,6 @@ pub struct Leader<T> {
     /// What each server says that it has fetched since it was started.
     progress: BTreeMap<Identity, Progress>,
     rebalance: Rebalance,
-}
-
-/// The rebalancing that is under way, or the last one.
-#[derive(Clone, Copy, Debug, Default)]
-struct Rebalance {
-    began: Time,
-    ended: Option<Time>,
-    /// What has been moved by it.
-    moved: Progress,
 }
 
 impl<T> Machine for Leader<T> {
@@ -388,124 +334,6 @@ impl<T> Leader<T> {
         }
     }
 
-    /// Puts out the members whose leases have run out: together with those that
-    /// have missed several heartbeats as well, for which it waits a moment. Of
-    /// servers that were killed together the last to be put out would else seem to
-    /// be the only one that has everything.
-    fn expire(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
-        let over = |end: &Time| *end <= now;
-        if !self.leases.values().any(over) {
-            return;
-        }
-        let is_suspect = |id: &Identity, end: Time| {
-            let lease = self.view().member(id).map_or(ORIGINAL_LEASE, lease_of);
-            end > now && end <= now + lease / SUSPECT_PART
-        };
-        let waited_for = |(id, end): (&Identity, &Time)| is_suspect(id, *end);
-        let long_over = |(id, end): (&Identity, &Time)| {
-            let lease = self.view().member(id).map_or(ORIGINAL_LEASE, lease_of);
-            *end + lease / SUSPECT_PART <= now
-        };
-        if self.leases.iter().any(waited_for) && !self.leases.iter().any(long_over) {
-            return;
-        }
-        let gone = self.leases.iter().filter(|(_, end)| over(end));
-        let gone: Vec<Identity> = gone.map(|(id, _)| id.clone()).collect();
-        for id in &gone {
-            self.leases.remove(id);
-            self.expelling.insert(id.clone());
-        }
-        self.propose(Change::Expel(gone), Asker::Nobody, effects);
-    }
-
-    fn heartbeat(
-        &mut self,
-        now: Time,
-        to: T,
-        host: Ipv4Addr,
-        beat: Heartbeat,
-        effects: &mut Vec<Effect<T>>,
-    ) {
-        let id = beat.requestor.clone();
-        let member = self.view().member(&id);
-        let is_copy = match (member.and_then(|member| member.start), beat.start) {
-            // An old copy of a data directory, or two processes over copies.
-            (Some(known), Some(start)) => start != known && start.count <= known.count,
-            _ => false,
-        };
-        // A lease that has run out is over, even while others are waited for.
-        let is_over = self.leases.get(&id).is_some_and(|end| *end <= now);
-        let denied =
-            self.state.is_denied(&id) || self.expelling.contains(&id) || is_over || is_copy;
-        if denied {
-            let reply = self.beat_reply(Beat::Deny, &beat);
-            return effects.push(Effect::Reply { to, reply });
-        }
-        if beat.seen.is_some_and(|seen| seen > self.view().revision) {
-            let reply = ViewReply::Refused(Refusal::unavailable(format!(
-                "this viewleader is at revision {} and this server has seen a newer one: it has \
-                 lost its state, or it is another cluster's; start it over its own data, or give \
-                 the server an empty data directory",
-                self.view().revision.0
-            )));
-            return effects.push(Effect::Reply { to, reply });
-        }
-        let address = beat.address.unwrap_or(SocketAddrV4::new(host, beat.port));
-        let lease = wanted_lease(&beat);
-        let leased_until = now + margin(lease);
-        let is_restart = member.is_some_and(|m| m.start != beat.start && beat.start.is_some());
-        let moved = member.is_some_and(|member| member.address != address);
-        let change = match member {
-            None => Change::Join {
-                member: Member {
-                    hash: Point::of(id.as_str()),
-                    id,
-                    address,
-                    dialect: if beat.lease_ms.is_some() {
-                        Dialect::Ringleader
-                    } else {
-                        Dialect::Original
-                    },
-                    lease_ms: lease.as_millis() as u64,
-                    start: beat.start,
-                    full: beat.full,
-                    leaving: false,
-                },
-                formerly: beat.formerly.clone(),
-            },
-            Some(_) if self.view().members.iter().any(|m| m.address == address && m.id != id) => {
-                let reply = self.beat_reply(Beat::Retry, &beat);
-                return effects.push(Effect::Reply { to, reply });
-            }
-            Some(_) if is_restart => {
-                let start = beat.start.unwrap_or_default();
-                if moved {
-                    let change = Change::Move { id: id.clone(), address };
-                    self.propose(change, Asker::Nobody, effects);
-                }
-                Change::Restart { id, start }
-            }
-            Some(_) if moved => Change::Move { id, address },
-            Some(member) if member.full != beat.full => Change::Full { id, full: beat.full },
-            Some(_) => {
-                self.leases.insert(id, leased_until);
-                let reply = self.beat_reply(Beat::Ok, &beat);
-                return effects.push(Effect::Reply { to, reply });
-            }
-        };
-        self.propose(change, Asker::Heartbeat { to, beat, leased_until }, effects);
-    }
-
-    fn beat_reply(&self, status: Beat, beat: &Heartbeat) -> ViewReply {
-        let is_ours = status == Beat::Ok && beat.lease_ms.is_some();
-        ViewReply::Heartbeat(HeartbeatReply {
-            status,
-            epoch: (status != Beat::Deny).then_some(self.view().epoch),
-            lease_ms: is_ours.then(|| wanted_lease(beat).as_millis() as u64),
-            revision: is_ours.then_some(self.view().revision),
-        })
-    }
-
     fn report(&mut self, report: Report, effects: &mut Vec<Effect<T>>) {
         let Report { requestor, ready, established, progress } = report;
         self.take_progress(&requestor, progress);
@@ -516,42 +344,6 @@ impl<T> Leader<T> {
         for (start, version) in established {
             let change = Change::Established { id: requestor.clone(), start, version };
             self.propose(change, Asker::Nobody, effects);
-        }
-    }
-
-    /// Adds what `id` has fetched since its last report to the rebalancing.
-    fn take_progress(&mut self, id: &Identity, now: Progress) {
-        if self.view().member(id).is_none() {
-            return;
-        }
-        let before = self.progress.insert(id.clone(), now).unwrap_or_default();
-        let moved = &mut self.rebalance.moved;
-        moved.keys += now.keys.saturating_sub(before.keys);
-        moved.bytes += now.bytes.saturating_sub(before.bytes);
-        moved.needed += now.needed.saturating_sub(before.needed);
-    }
-
-    fn rebalance_status(&self, now: Time) -> RebalanceStatus {
-        let view = self.view();
-        let Rebalance { began, ended, moved } = self.rebalance;
-        let done = (0..view.groups.len()).filter(|index| view.is_complete(*index)).count();
-        let here = |id: &Identity| view.member(id).is_some();
-        let left =
-            self.progress.iter().filter(|(id, _)| here(id)).map(|(_, progress)| progress.left);
-        let (left, elapsed) = (left.sum::<u64>(), ended.unwrap_or(now).since(began));
-        let elapsed_ms = elapsed.as_millis() as u64;
-        RebalanceStatus {
-            status: Okay::Ok,
-            epoch: view.epoch,
-            moving: !view.is_settled(),
-            arcs: view.groups.len(),
-            arcs_done: done,
-            keys_moved: moved.keys,
-            bytes_moved: moved.bytes,
-            bytes_needed: moved.needed,
-            keys_left: left,
-            elapsed_ms,
-            estimate_ms: (left > 0 && moved.keys > 0).then(|| elapsed_ms * left / moved.keys),
         }
     }
 
@@ -570,57 +362,6 @@ impl<T> Leader<T> {
 
     fn answer(&self) -> ViewReply {
         ViewReply::View(ViewAnswer { status: Okay::Ok, view: Arc::clone(&self.shown) })
-    }
-
-    fn start_worker(&mut self, cause: Cause, effects: &mut Vec<Effect<T>>) {
-        // One that has not had its turn yet will see to this, too.
-        let waits = |worker: &&Worker| worker.cause == cause && !self.holds_lock(**worker);
-        if self.workers.iter().any(|worker| waits(&worker)) {
-            return;
-        }
-        self.last_worker += 1;
-        let worker = Worker { cause, number: self.last_worker };
-        self.workers.insert(worker);
-        effects.push(Effect::StartWorker(worker));
-    }
-
-    fn holds_lock(&self, worker: Worker) -> bool {
-        self.state.place_in_queue(&worker.lock_call()) == Some(Grant::Granted)
-    }
-
-    /// One look of a worker: it takes the lock, lets the groups advance when
-    /// something is new, and is done when all of them are at rest.
-    fn work(&mut self, now: Time, worker: Worker, effects: &mut Vec<Effect<T>>) {
-        if !self.workers.contains(&worker) || !self.proposed.is_empty() {
-            return;
-        }
-        match self.state.place_in_queue(&worker.lock_call()) {
-            None => self.propose(Change::LockGet(worker.lock_call()), Asker::Nobody, effects),
-            Some(Grant::Granted) if self.view().is_settled() => {
-                self.workers.remove(&worker);
-                let has_worked = self.advanced > Revision(0);
-                self.advanced = Revision(0);
-                self.rebalance.ended = Some(now);
-                self.propose(Change::LockRelease(worker.lock_call()), Asker::Nobody, effects);
-                let Progress { keys, bytes, needed, .. } = self.rebalance.moved;
-                let line = has_worked.then(|| {
-                    let epoch = self.view().epoch;
-                    format!(
-                        "Rebalancing complete in {epoch}: {keys} keys, {bytes} bytes moved; the least \
-                         was {needed} bytes"
-                    )
-                });
-                effects.push(Effect::WorkerDone(worker, line));
-            }
-            Some(Grant::Granted) if self.advanced < self.view().revision => {
-                self.propose(Change::Advance, Asker::Nobody, effects);
-                if self.advanced == Revision(0) {
-                    self.rebalance = Rebalance { began: now, ..Rebalance::default() };
-                }
-                self.advanced = self.view().revision;
-            }
-            Some(_) => {}
-        }
     }
 
     /// Makes a changed view the one that is shown.
@@ -669,20 +410,6 @@ impl<T> Leader<T> {
             }
         }
     }
-}
-
-fn lease_of(member: &Member) -> Duration {
-    Duration::from_millis(member.lease_ms)
-}
-
-fn wanted_lease(beat: &Heartbeat) -> Duration {
-    beat.lease_ms
-        .map_or(ORIGINAL_LEASE, |wanted| Duration::from_millis(wanted).clamp(MIN_LEASE, MAX_LEASE))
-}
-
-/// How long the viewleader waits for a lease to run out.
-fn margin(lease: Duration) -> Duration {
-    lease + lease * DRIFT_PER_MILLE / 1000
 }
 
 fn grant_reply(grant: Grant) -> ViewReply {
