@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 REFERENCE ?= tests/reference
 
-.PHONY: help run-cluster build test check compare clean
+.PHONY: help run-cluster build test test-long check compare clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || \
@@ -19,6 +19,9 @@ build: ## build the programs
 
 test: ## run every test
 	$(CARGO) test
+
+test-long: ## the tests of rebalancing and durability in their full size
+	RINGLEADER_LONG=1 $(CARGO) test --release --test rebalancing --test durability -- --nocapture
 
 check: ## format, lints and tests: what CI runs
 	bash .ci/run

@@ -1,9 +1,5 @@
 //! Whole clusters of real programs: many keys, many clients, servers that die
 //! and servers that join.
-//!
-//! Which server must hold which key is worked out here from the page on the
-//! original, not with the project's own ring, so that a fault there can't hide
-//! itself.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,25 +9,22 @@
 )]
 
 mod support;
-#[path = "cluster/traffic.rs"]
-mod traffic;
 
 use serde_json::{Value, json};
-use sha1::{Digest, Sha1};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddrV4;
 use std::process::Command;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
-use support::process::{PATIENCE, Program, wait_until, within};
+use support::keys::{
+    assert_readable, getr, keys_of, pipelined, place, setr, value_of, wait_until_placed,
+};
+use support::process::{PATIENCE, Program, wait_until};
 use support::systems::{Listing, our_viewleader, view_of, wait_until_at_rest};
+use support::traffic::Traffic;
 use support::wire::{Connection, Reply, call, frame};
 use tempfile::TempDir;
-use traffic::Traffic;
-
-/// How many requests are under way on one connection.
-const WINDOW: usize = 250;
 
 // ---- a cluster ----
 
@@ -105,87 +98,12 @@ impl Cluster {
     }
 }
 
-// ---- the rule of the reference ----
-
-/// Where `text` stands on the ring: its SHA-1 as an integer, modulo 10000.
-fn place(text: &str) -> u64 {
-    Sha1::digest(text).iter().fold(0, |rest, byte| (rest * 256 + u64::from(*byte)) % 10_000)
-}
-
-/// The replicas of `key`: the server with the highest hash not above the key's,
-/// else the one with the highest of all, and the next two in ascending order.
-fn replicas_of(key: &str, listing: &Listing) -> BTreeSet<SocketAddrV4> {
-    let (servers, point) = (&listing.servers, place(key));
-    let owner = servers.iter().rposition(|(_, hash)| *hash <= point);
-    let owner = owner.unwrap_or(servers.len() - 1);
-    (0..servers.len().min(3)).map(|step| servers[(owner + step) % servers.len()].0).collect()
-}
-
-/// The keys that the server at `address` lists, each of them once.
-fn keys_of(address: SocketAddrV4) -> BTreeSet<String> {
-    let reply = call(address, &json!({"cmd": "query_all_keys"})).value();
-    let listed = reply["result"].as_array().unwrap();
-    let keys: BTreeSet<String> =
-        listed.iter().map(|key| key.as_str().unwrap().to_owned()).collect();
-    assert_eq!(keys.len(), listed.len(), "{address} lists a key twice");
-    keys
-}
-
 /// Waits until every key is on exactly the servers that the rule names, and
-/// returns all keys. (A replica hears that a write is committed a moment after
-/// the client does.)
+/// returns all keys.
 fn assert_placed(cluster: &Cluster) -> BTreeSet<String> {
     let listing = Listing::of(cluster.leader).unwrap();
-    assert!(listing.servers.is_sorted_by_key(|(_, hash)| *hash));
     assert_eq!(listing.servers.len(), cluster.servers.len());
-    let mut wrong = String::new();
-    let placed = within(PATIENCE, || {
-        let held: BTreeMap<_, _> =
-            cluster.addresses().into_iter().map(|at| (at, keys_of(at))).collect();
-        let all: BTreeSet<String> = held.values().flatten().cloned().collect();
-        let misplaced = all.iter().find_map(|key| {
-            let due = replicas_of(key, &listing);
-            let found: BTreeSet<_> =
-                held.iter().filter(|(_, keys)| keys.contains(key)).map(|(at, _)| *at).collect();
-            (due != found).then(|| format!("{key}: due at {due:?}, found at {found:?}"))
-        });
-        match misplaced {
-            None => Some(all),
-            Some(key) => {
-                wrong = key;
-                None
-            }
-        }
-    });
-    placed.unwrap_or_else(|| panic!("not where it must be: {wrong}"))
-}
-
-// ---- many calls ----
-
-fn setr(key: &str, value: &str) -> Value {
-    json!({"cmd": "setr", "key": key, "val": value, "direct": true})
-}
-
-fn getr(key: &str) -> Value {
-    json!({"cmd": "getr", "key": key})
-}
-
-/// What is written under `key`, where it does not matter what.
-fn value_of(key: &str) -> String {
-    format!("the value of {key}")
-}
-
-/// Sends `requests` to `address`, many at a time, and returns the answers.
-fn pipelined(address: SocketAddrV4, requests: impl Iterator<Item = Value>) -> Vec<Value> {
-    let mut connection = Connection::open(address).unwrap();
-    let requests: Vec<Value> = requests.collect();
-    let mut replies = Vec::with_capacity(requests.len());
-    for window in requests.chunks(WINDOW) {
-        let frames = window.iter().flat_map(|request| frame(request.to_string().as_bytes()));
-        connection.send(&frames.collect::<Vec<u8>>());
-        replies.extend(window.iter().map(|_| connection.receive().value()));
-    }
-    replies
+    wait_until_placed(cluster.leader)
 }
 
 /// Asks every server for every key.
@@ -193,17 +111,7 @@ fn assert_readable_everywhere<'a>(
     cluster: &Cluster,
     keys: impl Iterator<Item = &'a String> + Clone + Send,
 ) {
-    thread::scope(|scope| {
-        for address in cluster.addresses() {
-            let keys = keys.clone();
-            scope.spawn(move || {
-                let replies = pipelined(address, keys.clone().map(|key| getr(key)));
-                for (key, reply) in keys.zip(replies) {
-                    assert_eq!(reply["value"], value_of(key), "{key} from {address}: {reply}");
-                }
-            });
-        }
-    });
+    assert_readable(&cluster.addresses(), keys);
 }
 
 // ---- the tests ----

@@ -16,8 +16,12 @@
 
 #[path = "machines/arguments.rs"]
 mod arguments;
+#[path = "machines/chance.rs"]
+mod chance;
 #[path = "machines/cluster.rs"]
 mod cluster;
+#[path = "machines/disk.rs"]
+mod disk;
 #[path = "machines/names.rs"]
 mod names;
 #[path = "machines/network.rs"]

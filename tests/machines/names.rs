@@ -108,7 +108,8 @@ impl Names {
         let arc = self.arc(group.start);
         let mut line = format!("arc {arc}, {}: ", group.version);
         let Some(primary) = &group.primary else {
-            let held: Vec<String> = group.held_by.iter().map(|holder| self.of(&holder.id)).collect();
+            let held: Vec<String> =
+                group.held_by.iter().map(|holder| self.of(&holder.id)).collect();
             let _ = write!(line, "lost; held last by {}", held.join(" "));
             return line;
         };

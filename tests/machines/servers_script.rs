@@ -3,7 +3,8 @@
 //! | command | meaning |
 //! |---|---|
 //! | `cluster s1 s2 s3` | start these one after the other, each once the one before has settled |
-//! | `start s4 [on=s1]` | start one more (on the address of a dead one) |
+//! | `start s4` | start one more; or one that has died, again over its disk |
+//! | `start s4 on=s1` | start one more where another one was, with a disk of its own |
 //! | `let pear plum owner=s4` | `pear` and `plum` stand for keys in the arc of `s4`, which may be yet to start |
 //! | `s1 setr KEY VALUE`, `s1 getr KEY`, `get`, `set`, `query_all_keys` | a client asks that server |
 //! | `s1 setr_request KEY`, `s1 commit KEY VALUE`, `s1 setr_deny KEY` | an original client does |
@@ -12,19 +13,24 @@
 //! | `hold s1 s2`, `release s1 s2` | from now on what s1 sends to s2 waits; no more |
 //! | `hold s1 viewleader views` | only that of calls of this kind: `beats`, `views`, `reports` |
 //! | `held s1 s2`, `deliver s1 s2 [N]`, `duplicate s1 s2`, `drop s1 s2` | what waits: show it; let it (the first N) through; twice over; lose it |
+//! | `hold s1 disk`, `release s1 disk` | what s1 writes does not reach its disk; now it does |
 //! | `cut s1`, `heal s1` | lose everything from and to s1; no more |
 //! | `kill s1`, `pause s1`, `resume s1` | the process; the name may be `viewleader` |
-//! | `restart_viewleader` | another viewleader, which remembers nothing |
+//! | `start viewleader` | again over its disk |
+//! | `replace_viewleader` | by one that remembers nothing |
 //! | `groups [KEY]` | the view, or the group of a key |
 //! | `keys s1` | what s1 holds, sorted |
+//! | `disk s1` | what is on its disk, sorted |
 //! | `show groups`, `show calls` | trace changes of groups, calls to the viewleader, too |
 //!
-//! A message takes a millisecond. Nothing happens between two commands: what a
-//! client's request makes its server send is seen at once, and arrives with the
-//! next command that lets time pass.
+//! A message takes a millisecond, a disk no time. Nothing happens between two
+//! commands: what a client's request makes its server send is seen at once, and
+//! arrives with the next command that lets time pass. Whoever is killed loses
+//! what has not reached its disk.
 
 use super::arguments::{Failure, exactly, option, positional, span};
-use super::cluster::{Clock, Cluster, Outcome};
+use super::chance::Steady;
+use super::cluster::{Clock, Cluster, Outcome, Start};
 use super::network::{Lane, Party};
 use goldenscript::{Command, Context, Runner};
 use rand::SeedableRng;
@@ -32,9 +38,6 @@ use rand::rngs::StdRng;
 use ringleader::kv::ring::{self, Point};
 use serde_json::{Value, json};
 use std::time::Duration;
-
-/// How long a message takes.
-const DELAY: Duration = Duration::from_millis(1);
 
 /// `settle` ends when nothing new has been seen for this long.
 const QUIET: Duration = Duration::from_millis(500);
@@ -49,7 +52,7 @@ pub(crate) struct ServersScript {
 
 impl Default for ServersScript {
     fn default() -> Self {
-        let mut cluster = Cluster::new(Box::new(|_| DELAY));
+        let mut cluster = Cluster::new(Box::new(Steady));
         cluster.trace.is_on = true;
         Self { cluster }
     }
@@ -74,10 +77,10 @@ impl ServersScript {
                     self.settle()?;
                 }
             }
-            "start" => {
-                let [name] = exactly(command)?;
-                self.start(name, option(command, "on"))?;
-            }
+            "start" => match exactly(command)? {
+                ["viewleader"] => self.cluster.start_viewleader(),
+                [name] => self.start(name, option(command, "on"))?,
+            },
             "let" => {
                 let owner = option(command, "owner").ok_or("owner=SERVER is missing")?;
                 for alias in positional(command) {
@@ -95,7 +98,8 @@ impl ServersScript {
             "resume" => self.cluster.resume(self.one(command)?),
             "cut" => self.cluster.cut_off(self.one(command)?),
             "heal" => self.cluster.heal(self.one(command)?),
-            "restart_viewleader" => self.cluster.restart_viewleader(),
+            "replace_viewleader" => self.cluster.replace_viewleader(),
+            "disk" => return self.disk(self.one(command)?),
             "show" => match exactly(command)? {
                 ["groups"] => self.cluster.trace.with_groups = true,
                 ["calls"] => self.cluster.trace.with_view_calls = true,
@@ -124,11 +128,19 @@ impl ServersScript {
     }
 
     fn start(&mut self, name: &str, on: Option<&str>) -> Result<(), Failure> {
-        let host = match on.map(|on| self.party(on)).transpose()? {
-            Some(Party::Server(index)) => self.cluster.address(index).ip().octets()[3],
-            _ => u8::try_from(self.cluster.servers() + 1)?,
+        let cluster = &mut self.cluster;
+        let new = u8::try_from(cluster.servers() + 1)?;
+        let before = |cluster: &Cluster, name| match cluster.party(name) {
+            Some(Party::Server(index)) => Some((cluster.host(index), cluster.disk(index))),
+            _ => None,
         };
-        self.cluster.start(name, host, seed(name), Clock::default());
+        let (host, disk) = match (before(cluster, name), on.map(|on| before(cluster, on))) {
+            (Some((host, disk)), None) => (host, Some(disk)),
+            (None, Some(Some((host, _)))) => (host, None),
+            (None, None) => (new, None),
+            _ => return Err("a server starts over its own disk, or on another's address".into()),
+        };
+        cluster.start(Start { name, host, disk, seed: seed(name), clock: Clock::default() });
         Ok(())
     }
 
@@ -179,7 +191,18 @@ impl ServersScript {
         let [from, to, rest @ ..] = arguments.as_slice() else {
             return Err("from whom, to whom?".into());
         };
-        let (from, to) = (self.party(from)?, self.party(to)?);
+        let from = self.party(from)?;
+        if *to == "disk" {
+            match command.name.as_str() {
+                "hold" => self.cluster.hold_disk(from),
+                "release" => self.cluster.release_disk(from),
+                _ => return Err("a disk is held or released".into()),
+            }
+            let now = self.cluster.now();
+            self.cluster.run_until(now);
+            return Ok(String::new());
+        }
+        let to = self.party(to)?;
         let cluster = &mut self.cluster;
         match (command.name.as_str(), rest) {
             ("hold", []) => cluster.hold(from, to, None),
@@ -222,12 +245,23 @@ impl ServersScript {
         let Some((_, Outcome::Reply(reply))) = self.cluster.outcomes().pop() else {
             return Err("no reply".into());
         };
-        let reply: Value = serde_json::from_str(reply)?;
+        let reply: Value = serde_json::from_str(&reply)?;
         let keys = reply["result"].as_array().ok_or("no keys")?;
         let keys = keys.iter().filter_map(Value::as_str);
         let mut keys: Vec<&str> = keys.map(|key| self.cluster.names.key(key)).collect();
         keys.sort_unstable();
         Ok(if keys.is_empty() { "none\n".to_owned() } else { format!("{}\n", keys.join(" ")) })
+    }
+
+    fn disk(&mut self, at: Party) -> Result<String, Failure> {
+        let Party::Server(at) = at else { return Err("only servers hold keys".into()) };
+        let stored = self.cluster.stored(self.cluster.disk(at));
+        let entries = stored.entries.iter().map(|(_, entry)| {
+            format!("{}={}@{}", self.cluster.names.key(&entry.key), entry.value, entry.version)
+        });
+        let mut entries: Vec<String> = entries.collect();
+        entries.sort_unstable();
+        Ok(if entries.is_empty() { "nothing\n".to_owned() } else { entries.join(" ") + "\n" })
     }
 
     /// A client's request.

@@ -1,16 +1,21 @@
-//! Runs of random chance: delays, kills, pauses and joins, and clients all along.
+//! Runs of random chance: faults of every kind, and clients all along.
 //!
-//! Everything about a run comes from its seed. It has two phases. In the first
-//! one, clients write and read while servers are killed, paused and started; the
-//! [`Oracle`] watches what clients see. In the second, everything that is alive
-//! runs on undisturbed, and must come to rest: every group at its target, every
-//! key on exactly the servers of its target, and readable from each server.
+//! Everything about a run comes from its seed. It has three phases. In the first
+//! one, clients write and read while servers and the viewleader crash and are
+//! started again, stand still, are cut off, join, are told to leave, or are lost
+//! with their disks; the [`Oracle`] watches what clients see. In the second,
+//! everything that was there is there again and runs undisturbed: it must come to
+//! rest, with every key on exactly the servers of its target, on their disks as
+//! well, and readable from each server. In the third, which some runs have, all of
+//! it loses power at once; afterwards it must come to rest with the same data.
 //!
-//! Nothing is lost on the network, only late. A fault never takes the last
-//! healthy ready replica of a group: what happens then is another story, which
-//! the scripts tell.
+//! A disk is lost for good only while each group has a healthy ready replica
+//! elsewhere, and nothing else happens until the others have noticed: what
+//! happens when all disks of a group are lost is another story, which the scripts
+//! tell.
 
-use super::cluster::{ClientId, Clock, Cluster, Outcome};
+use super::chance::Chance;
+use super::cluster::{ClientId, Clock, Cluster, Outcome, Start};
 use super::network::{Lane, Party, Way};
 use super::oracle::{Begun, Oracle, Version};
 use rand::rngs::StdRng;
@@ -32,16 +37,19 @@ const READERS: usize = 8;
 const BUSY: Duration = Duration::from_secs(25);
 
 /// How soon after the last fault everything must be at rest.
-const TO_REST: Duration = Duration::from_secs(40);
+const TO_REST: Duration = Duration::from_secs(60);
 
 /// After this long, a client takes its request for lost.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(15);
 
-/// Who was away has renewed its lease after so long, or has lost it.
+/// Whoever was away has renewed its lease after so long, or has lost it.
 const SHAKY: Duration = Duration::from_secs(3);
 
-/// The most servers that are alive at a time.
-const MAX_ALIVE: usize = 7;
+/// After a disk was lost, it takes so long until the others have noticed.
+const QUIET: Duration = Duration::from_secs(6);
+
+/// The most servers that there are at a time.
+const MAX_SERVERS: usize = 7;
 
 #[derive(Clone, Copy, Debug)]
 enum Doing {
@@ -74,16 +82,22 @@ struct Client {
 
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// A server dies.
-    Kill,
-    /// A server dies, and another one is started at once.
+    /// A server dies, and is started again over its disk a while later.
+    Crash,
+    /// A server is lost with its disk.
+    Lose,
+    /// A server is lost with its disk, and another one takes its address.
     Replace,
     /// A server stands still for a while.
     Pause,
     /// A server is cut off for a while, and does not know it.
     Cut,
-    /// A server is started.
+    /// A server is added.
     Join,
+    /// A server is told to leave.
+    Drain,
+    /// The viewleader dies, and is started again a while later.
+    CrashViewleader,
     /// The viewleader stands still for a while.
     PauseViewleader,
 }
@@ -108,6 +122,14 @@ impl std::ops::AddAssign for Tally {
     }
 }
 
+/// What has happened to a party, to be undone at some time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Down,
+    Paused,
+    Cut,
+}
+
 struct Run {
     cluster: Cluster,
     rng: StdRng,
@@ -115,11 +137,13 @@ struct Run {
     clients: Vec<Client>,
     requests: BTreeMap<ClientId, Request>,
     last_value: u64,
-    /// Who is paused or cut off, and until when.
-    away: BTreeMap<Party, Time>,
-    /// Who is so, or was just now, and may lose its lease yet.
+    /// Who is in trouble, and until when. A server by its last life.
+    troubles: BTreeMap<Party, (Trouble, Time)>,
+    /// Who was in trouble just now, and may lose its lease yet, by disk.
     shaky: BTreeMap<usize, Time>,
-    /// Which addresses the dead have left.
+    /// No other faults until then.
+    quiet_until: Time,
+    /// Which addresses the lost have left.
     vacant: Vec<u8>,
     tally: Tally,
     narrate: bool,
@@ -131,7 +155,9 @@ struct Run {
 /// What went wrong, and when.
 pub(crate) fn run(seed: u64, narrate: bool) -> Result<Tally, String> {
     let mut run = Run::new(seed, narrate);
-    let outcome = run.be_busy().and_then(|()| run.come_to_rest());
+    let outcome = run.be_busy().and_then(|()| run.come_to_rest()).and_then(|()| {
+        if run.rng.random_bool(0.3) { run.lose_power().and_then(|()| run.come_to_rest()) } else { Ok(()) }
+    });
     let now = run.cluster.now();
     outcome.map(|()| run.tally).map_err(|what| format!("seed {seed} at {now}: {what}"))
 }
@@ -139,7 +165,7 @@ pub(crate) fn run(seed: u64, narrate: bool) -> Result<Tally, String> {
 impl Run {
     fn new(seed: u64, narrate: bool) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut cluster = Cluster::new(random_delays(&mut rng));
+        let mut cluster = Cluster::new(Box::new(Random::new(&mut rng)));
         cluster.trace.is_on = narrate;
         cluster.trace.with_groups = true;
         let writers = (0..KEYS).map(|key| Some(format!("key{key}")));
@@ -159,65 +185,79 @@ impl Run {
             clients,
             requests: BTreeMap::new(),
             last_value: 0,
-            away: BTreeMap::new(),
+            troubles: BTreeMap::new(),
             shaky: BTreeMap::new(),
+            quiet_until: Time::default(),
             vacant: Vec::new(),
             tally: Tally::default(),
             narrate,
         };
         for _ in 0..run.rng.random_range(1..=5) {
-            run.start();
+            run.join();
         }
         run
     }
 
-    /// Starts a server, on a vacant address or on a new one.
-    fn start(&mut self) {
+    fn clock(&mut self) -> Clock {
+        Clock {
+            origin: Duration::from_secs(self.rng.random_range(0..1000)),
+            fast_by: self.rng.random_range(-5000..=5000),
+        }
+    }
+
+    /// Starts a new server, on a vacant address or on a new one.
+    fn join(&mut self) {
         let number = self.cluster.servers() + 1;
         let host = if self.vacant.is_empty() || self.rng.random_bool(0.5) {
             100 + number as u8
         } else {
             self.vacant.remove(self.rng.random_range(0..self.vacant.len()))
         };
-        let clock = Clock {
-            origin: Duration::from_secs(self.rng.random_range(0..1000)),
-            fast_by: self.rng.random_range(-5000..=5000),
-        };
-        let seed = self.rng.random();
-        self.cluster.start(&format!("s{number}"), host, seed, clock);
+        let (clock, seed) = (self.clock(), self.rng.random());
+        let name = format!("s{number}");
+        self.cluster.start(Start { name: &name, host, disk: None, seed, clock });
+    }
+
+    /// Starts a server that has died again, over its disk.
+    fn start_again(&mut self, server: usize) {
+        let (host, disk) = (self.cluster.host(server), self.cluster.disk(server));
+        let name = self.cluster.name(Party::Server(server)).to_owned();
+        let (clock, seed) = (self.clock(), self.rng.random());
+        self.cluster.start(Start { name: &name, host, disk: Some(disk), seed, clock });
+        self.shaky.insert(disk, self.cluster.now() + SHAKY);
     }
 
     /// Clients and faults.
     fn be_busy(&mut self) -> Result<(), String> {
         let end = Time::default() + BUSY;
-        let count = self.rng.random_range(0..=10);
+        let count = self.rng.random_range(0..=12);
         let moments = 1000..BUSY.as_millis() as u64;
         let mut faults: Vec<Time> =
             (0..count).map(|_| Time::from_millis(self.rng.random_range(moments.clone()))).collect();
         faults.sort_unstable();
         faults.reverse();
         while self.cluster.now() < end {
-            self.cluster.step();
-            self.narrate();
-            self.take_outcomes()?;
-            self.bring_back(false);
+            self.step()?;
+            self.undo(false);
             while faults.last().is_some_and(|time| *time <= self.cluster.now()) {
                 faults.pop();
                 self.do_harm();
             }
             self.ask()?;
         }
-        self.bring_back(true);
+        self.undo(true);
         Ok(())
     }
 
-    fn narrate(&mut self) {
+    fn step(&mut self) -> Result<(), String> {
+        self.cluster.step();
         if self.narrate {
             let text = self.cluster.trace.take();
             for line in text.lines() {
                 println!("{} {line}", self.cluster.now());
             }
         }
+        self.take_outcomes()
     }
 
     fn say(&mut self, what: &str) {
@@ -230,96 +270,159 @@ impl Run {
         (0..self.cluster.servers()).filter(|server| self.cluster.is_alive(*server)).collect()
     }
 
-    /// Whether every group keeps a healthy ready replica of its target without
-    /// `victim`.
+    /// How many servers there are, or will be again.
+    fn count(&self) -> usize {
+        let down = self.troubles.iter().filter(|(party, (trouble, _))| {
+            matches!(party, Party::Server(_)) && *trouble == Trouble::Down
+        });
+        self.alive().len() + down.count()
+    }
+
+    /// Whether every group keeps a healthy ready replica of its target, or one
+    /// that held it last, without the disk of `victim`.
     fn can_spare(&self, victim: usize) -> bool {
-        let view = self.cluster.view();
-        let others = (0..self.cluster.servers()).filter(|server| *server != victim);
-        let is_here =
-            |server: &usize| self.cluster.is_up(*server) && !self.shaky.contains_key(server);
-        let others: Vec<usize> = others.filter(is_here).collect();
-        let healthy =
-            |id: &Identity| others.iter().any(|server| self.cluster.identity(*server) == Some(id));
+        let (view, victim) = (self.cluster.view(), self.cluster.disk(victim));
+        let healthy = |id: &Identity| {
+            self.alive().into_iter().any(|server| {
+                let disk = self.cluster.disk(server);
+                let is_well = self.cluster.is_up(server) && !self.shaky.contains_key(&disk);
+                is_well && disk != victim && self.cluster.identity(server) == Some(id)
+            })
+        };
+        let is_there = |id: &Identity| {
+            let disk = self.cluster.disk_of(id);
+            disk != Some(victim)
+                && self.alive().into_iter().any(|server| Some(self.cluster.disk(server)) == disk)
+        };
         let kept = view.groups.iter().all(|group| {
             let target = view.target_of(group.start);
-            target.iter().any(|id| group.ready.contains(id) && healthy(id))
+            if group.is_lost() {
+                group.held_by.iter().any(|holder| is_there(&holder.id))
+            } else {
+                target.iter().any(|id| group.ready.contains(id) && healthy(id))
+            }
         });
-        !view.groups.is_empty() && kept
+        !view.groups.is_empty() && kept && self.cluster.has_viewleader()
     }
 
     fn do_harm(&mut self) {
         let alive = self.alive();
+        if self.cluster.now() < self.quiet_until || alive.is_empty() {
+            return;
+        }
         let victim = alive[self.rng.random_range(0..alive.len())];
         let party = Party::Server(victim);
-        let fault = match self.rng.random_range(0..20) {
-            0..4 => Fault::Kill,
-            4..6 => Fault::Replace,
-            6..9 => Fault::Pause,
-            9..12 => Fault::Cut,
-            12..18 => Fault::Join,
+        let fault = match self.rng.random_range(0..24) {
+            0..6 => Fault::Crash,
+            6..8 => Fault::Lose,
+            8..9 => Fault::Replace,
+            9..12 => Fault::Pause,
+            12..15 => Fault::Cut,
+            15..20 => Fault::Join,
+            20..21 => Fault::Drain,
+            21..23 => Fault::CrashViewleader,
             _ => Fault::PauseViewleader,
         };
         let span = Duration::from_millis(self.rng.random_range(50..9000));
-        let is_free = !self.away.contains_key(&party);
+        let is_free = !self.troubles.contains_key(&party);
+        let is_viewleader_free = !self.troubles.contains_key(&Party::Viewleader);
+        self.say(&format!("{fault:?} of {}, {span:?}", self.cluster.name(party)));
         match fault {
-            Fault::Join if alive.len() < MAX_ALIVE => self.start(),
-            Fault::Kill | Fault::Replace if self.can_spare(victim) => {
+            Fault::Join if self.count() < MAX_SERVERS => self.join(),
+            Fault::Crash if is_free => {
                 self.cluster.kill(party);
-                self.away.remove(&party);
-                self.shaky.remove(&victim);
-                self.cluster.heal(party);
-                self.vacant.push(self.cluster.address(victim).ip().octets()[3]);
+                self.is_in_trouble_for(party, Trouble::Down, span);
+            }
+            Fault::Lose | Fault::Replace if is_free && self.can_spare(victim) => {
+                self.cluster.kill(party);
+                self.vacant.push(self.cluster.host(victim));
+                self.quiet_until = self.cluster.now() + QUIET;
                 if matches!(fault, Fault::Replace) {
-                    self.start();
+                    self.join();
                 }
             }
-            Fault::Pause if is_free && self.can_spare(victim) => {
+            Fault::Pause if is_free => {
                 self.cluster.pause(party);
-                self.is_away_for(victim, span);
+                self.is_in_trouble_for(party, Trouble::Paused, span);
             }
-            Fault::Cut if is_free && self.can_spare(victim) => {
+            Fault::Cut if is_free => {
                 self.cluster.cut_off(party);
-                self.is_away_for(victim, span);
+                self.is_in_trouble_for(party, Trouble::Cut, span);
             }
-            Fault::PauseViewleader => {
+            Fault::Drain if self.count() > 3 && self.cluster.has_viewleader() => {
+                self.cluster.drain(victim);
+            }
+            Fault::CrashViewleader if is_viewleader_free => {
+                self.cluster.kill(Party::Viewleader);
+                self.is_in_trouble_for(Party::Viewleader, Trouble::Down, span / 2);
+            }
+            Fault::PauseViewleader if is_viewleader_free => {
                 self.cluster.pause(Party::Viewleader);
-                self.away.insert(Party::Viewleader, self.cluster.now() + span);
+                self.is_in_trouble_for(Party::Viewleader, Trouble::Paused, span);
             }
-            _ => return,
+            _ => return self.say("not now"),
         }
-        self.say(&format!("{fault:?} of s{}, {span:?}", victim + 1));
         self.tally.faults += 1;
     }
 
-    fn is_away_for(&mut self, server: usize, span: Duration) {
-        let back = self.cluster.now() + span;
-        self.away.insert(Party::Server(server), back);
-        self.shaky.insert(server, back + SHAKY);
+    fn is_in_trouble_for(&mut self, party: Party, trouble: Trouble, span: Duration) {
+        let end = self.cluster.now() + span;
+        self.troubles.insert(party, (trouble, end));
+        if let Party::Server(server) = party {
+            self.shaky.insert(self.cluster.disk(server), end + SHAKY);
+        }
     }
 
-    /// Lets those go on whose time is up, or all.
-    fn bring_back(&mut self, all: bool) {
+    /// Undoes the troubles whose time is up, or all.
+    fn undo(&mut self, all: bool) {
         let now = self.cluster.now();
         self.shaky.retain(|_, until| *until > now);
-        let done = self.away.iter().filter(|(_, until)| all || **until <= now);
-        for party in done.map(|(party, _)| *party).collect::<Vec<_>>() {
-            self.away.remove(&party);
-            self.say(&format!("{party:?} is back"));
-            self.cluster.heal(party);
-            self.cluster.resume(party);
+        let over = self.troubles.iter().filter(|(_, (_, until))| all || *until <= now);
+        for (party, trouble) in over.map(|(p, (t, _))| (*p, *t)).collect::<Vec<_>>() {
+            self.troubles.remove(&party);
+            self.say(&format!("{} is well again", self.cluster.name(party)));
+            match (trouble, party) {
+                (Trouble::Down, Party::Viewleader) => self.cluster.start_viewleader(),
+                (Trouble::Down, Party::Server(server)) => self.start_again(server),
+                (Trouble::Paused, _) => self.cluster.resume(party),
+                (Trouble::Cut, _) => self.cluster.heal(party),
+            }
         }
+    }
+
+    /// Everything goes down at the same moment, and comes back bit by bit.
+    fn lose_power(&mut self) -> Result<(), String> {
+        self.say("the power fails");
+        let (now, servers) = (self.cluster.now(), self.alive());
+        let parties = servers.into_iter().map(Party::Server).chain([Party::Viewleader]);
+        let mut back: Vec<(Time, Party)> = Vec::new();
+        for party in parties {
+            self.cluster.kill(party);
+            back.push((now + Duration::from_millis(self.rng.random_range(0..9000)), party));
+        }
+        back.sort_unstable();
+        for (time, party) in back {
+            while self.cluster.now() < time {
+                self.step()?;
+            }
+            match party {
+                Party::Viewleader => self.cluster.start_viewleader(),
+                Party::Server(server) => self.start_again(server),
+            }
+        }
+        Ok(())
     }
 
     /// Lets the clients that have nothing to do begin something.
     fn ask(&mut self) -> Result<(), String> {
         let now = self.cluster.now();
+        let alive = self.alive();
         for client in 0..self.clients.len() {
             let Client { next, stops, .. } = self.clients[client];
-            if next.is_none_or(|next| next > now || next > stops) {
+            if next.is_none_or(|next| next > now || next > stops) || alive.is_empty() {
                 continue;
             }
             self.clients[client].next = None;
-            let alive = self.alive();
             let server = alive[self.rng.random_range(0..alive.len())];
             let (key, doing, begun, body) = match self.clients[client].writes.clone() {
                 Some(key) => {
@@ -412,9 +515,7 @@ impl Run {
             run.cluster.identity(*server).is_some_and(|id| view.member(id).is_some())
         };
         loop {
-            self.cluster.step();
-            self.narrate();
-            self.take_outcomes()?;
+            self.step()?;
             let alive = self.alive();
             let view = self.cluster.view();
             let all_in = alive.iter().all(|server| is_member(self, server));
@@ -429,43 +530,49 @@ impl Run {
         // The replicas hear of the last commits, and those who left of the view.
         let end = self.cluster.now() + CLIENT_PATIENCE;
         while self.cluster.now() < end {
-            self.cluster.step();
-            self.narrate();
-            self.take_outcomes()?;
+            self.step()?;
         }
         self.requests.clear();
-        self.check_every_key()
+        (0..KEYS).try_for_each(|number| self.check_key(&format!("key{number}")))
     }
 
-    fn check_every_key(&mut self) -> Result<(), String> {
-        for number in 0..KEYS {
-            let key = format!("key{number}");
-            let mut exists = false;
-            for server in self.alive() {
-                let body = json!({"cmd": "getr", "key": key});
-                let begun = self.oracle.read_begins(&key);
-                let reply = self.reply_of(server, &body)?;
-                let client = 0;
-                let (doing, until) = (Doing::Reading, self.cluster.now());
-                let request = Request { client, key: key.clone(), doing, begun, until };
-                exists = reply.contains("version");
-                self.judge(&request, &Outcome::Reply(reply.clone()))?;
-                if reply.contains("error") {
-                    return Err(format!("{key} can't be read at s{}: {reply}", server + 1));
-                }
+    /// The key is read alike everywhere, and is on exactly the disks of its target.
+    fn check_key(&mut self, key: &str) -> Result<(), String> {
+        let mut found: Option<(String, Value)> = None;
+        for server in self.alive() {
+            let body = json!({"cmd": "getr", "key": key});
+            let begun = self.oracle.read_begins(key);
+            let reply = self.reply_of(server, &body)?;
+            let (doing, until) = (Doing::Reading, self.cluster.now());
+            let request = Request { client: 0, key: key.to_owned(), doing, begun, until };
+            self.judge(&request, &Outcome::Reply(reply.clone()))?;
+            if reply.contains("error") {
+                return Err(format!("{key} can't be read at {}: {reply}", self.name(server)));
             }
-            let target = self.cluster.view().target_of(Point::of(&key));
-            for server in self.alive() {
-                let keys = self.reply_of(server, &json!({"cmd": "query_all_keys"}))?;
-                let id = self.cluster.identity(server);
-                let wanted = exists && target.iter().any(|target| Some(target) == id);
-                if keys.contains(&format!("\"{key}\"")) != wanted {
-                    let has = if wanted { "lacks" } else { "still has" };
-                    return Err(format!("s{} {has} {key}", server + 1));
-                }
+            let reply: Value = serde_json::from_str(&reply).map_err(|error| error.to_string())?;
+            let version = reply["version"].as_str().map(str::to_owned);
+            found = version.map(|version| (version, reply["value"].clone()));
+        }
+        let target = self.cluster.view().target_of(Point::of(key));
+        for server in self.alive() {
+            let keys = self.reply_of(server, &json!({"cmd": "query_all_keys"}))?;
+            let id = self.cluster.identity(server);
+            let is_target = target.iter().any(|target| Some(target) == id);
+            let wanted = found.clone().filter(|_| is_target);
+            let stored = self.cluster.stored(self.cluster.disk(server));
+            let stored = stored.entries.iter().find(|(_, entry)| *entry.key == *key);
+            let stored =
+                stored.map(|(_, entry)| (entry.version.to_string(), Value::from(&*entry.value)));
+            if keys.contains(&format!("\"{key}\"")) != wanted.is_some() || stored != wanted {
+                let name = self.name(server);
+                return Err(format!("{name} has {key} as {stored:?}, and not as {wanted:?}; {keys}"));
             }
         }
         Ok(())
+    }
+
+    fn name(&self, server: usize) -> &str {
+        self.cluster.name(Party::Server(server))
     }
 
     /// The reply to a request, with nothing else going on.
@@ -481,9 +588,8 @@ impl Run {
                 }
             }
             self.cluster.step();
-            self.narrate();
         }
-        Err(format!("no reply to {body} from s{}", server + 1))
+        Err(format!("no reply to {body} from {}", self.name(server)))
     }
 }
 
@@ -493,25 +599,54 @@ fn version(text: &str) -> Version {
 }
 
 /// Every connection has a pace of its own each way, from a tenth of a millisecond
-/// to some tens of them. In half of the runs something is now and then up to
-/// seconds late, and everything behind it, too: between servers, so late that the
-/// caller has given up; of the viewleader's views and reports, so late that they
-/// are old; of heartbeats, not so late that a lease is lost by it.
-fn random_delays(rng: &mut StdRng) -> super::network::Delay {
-    let mut rng = StdRng::seed_from_u64(rng.random());
-    let rare = [0.0, 0.0, 0.001, 0.01][rng.random_range(0..4)];
-    let mut paces: BTreeMap<Way, f64> = BTreeMap::new();
-    Box::new(move |way| {
-        let pace = paces.entry(way).or_insert_with(|| 10f64.powf(rng.random_range(2.0..4.7)));
-        let mut micros = *pace * rng.random_range(0.5..1.5);
+/// to some tens of them, and so has every disk. In half of the runs something is
+/// now and then up to seconds late, and everything behind it, too: between
+/// servers, so late that the caller has given up; of the viewleader's views and
+/// reports, so late that they are old; of heartbeats, not so late that a lease is
+/// lost by it.
+struct Random {
+    rng: StdRng,
+    rare: f64,
+    ways: BTreeMap<Way, f64>,
+    disks: BTreeMap<Party, f64>,
+}
+
+impl Random {
+    fn new(rng: &mut StdRng) -> Self {
+        let mut rng = StdRng::seed_from_u64(rng.random());
+        let rare = [0.0, 0.0, 0.001, 0.01][rng.random_range(0..4)];
+        Self { rng, rare, ways: BTreeMap::new(), disks: BTreeMap::new() }
+    }
+}
+
+impl Chance for Random {
+    fn delay(&mut self, way: Way) -> Duration {
+        let rng = &mut self.rng;
+        let pace = *self.ways.entry(way).or_insert_with(|| 10f64.powf(rng.random_range(2.0..4.7)));
+        let mut micros = pace * rng.random_range(0.5..1.5);
         let (likelier, latest) = match way.lane {
             Lane::Prompt | Lane::Patient => (1.0, 3e6),
             Lane::View | Lane::Report => (10.0, 3e6),
             Lane::Beat => (10.0, 8e5),
         };
-        if rng.random_bool(rare * likelier) {
+        if rng.random_bool(self.rare * likelier) {
             micros += rng.random_range(0.0..latest);
         }
         Duration::from_micros(micros as u64)
-    })
+    }
+
+    fn sync(&mut self, party: Party) -> Duration {
+        let rng = &mut self.rng;
+        let pace =
+            *self.disks.entry(party).or_insert_with(|| 10f64.powf(rng.random_range(2.0..4.5)));
+        let mut micros = pace * rng.random_range(0.5..1.5);
+        if rng.random_bool(self.rare) {
+            micros += rng.random_range(0.0..1e6);
+        }
+        Duration::from_micros(micros as u64)
+    }
+
+    fn kept(&mut self, queued: usize) -> usize {
+        self.rng.random_range(0..=queued)
+    }
 }

@@ -117,7 +117,11 @@ pub(crate) fn request(names: &Names, request: &Request) -> String {
                 match held.collect::<Vec<_>>().as_slice() {
                     [] => format!("fetch {}{more}", in_group(names, group)),
                     held => {
-                        format!("fetch {}{more}, holding {}", in_group(names, group), held.join(" "))
+                        format!(
+                            "fetch {}{more}, holding {}",
+                            in_group(names, group),
+                            held.join(" ")
+                        )
                     }
                 }
             }

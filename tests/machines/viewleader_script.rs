@@ -3,40 +3,64 @@
 //! | command | meaning |
 //! |---|---|
 //! | `at 12s` | the clock shows this, until it is set again |
-//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
+//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [formerly=ID]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
 //! | `query_servers`, `lock_get LOCK ID`, `lock_release LOCK ID` | the original's |
 //! | `query_view [after=N] [wait=10s]` | ours; its answer is shown as `view REVISION`, or as it is with the tag `[json]` |
 //! | `report ID [ready=ARC[@N]] [established=ARC[@N]]` | ARC is the identity at which the arc starts, N the group's version: unless told otherwise, the one it has |
+//! | `drain IP:PORT`, `rebalance_status` | ours |
 //! | `raw JSON` | a request as it stands |
 //! | `tick` | time has passed |
+//! | `work` | the rebalancing workers look, until they find nothing more to do |
 //! | `slept 5s` | the process has not run for so long |
 //! | `ending` | the process is about to end |
-//! | `restart` | another viewleader, which remembers nothing, takes its place |
+//! | `hold_log`, `release_log` | from now on changes do not reach the log; now they do |
+//! | `restart` | the process is killed and started again over its log |
+//! | `replace` | another viewleader, which remembers nothing, takes its place |
 //! | `groups` | the view, for people |
 //!
 //! A reply is shown as its JSON. One that comes later than its request is shown
 //! with the request's number, which is said when it has to wait.
 
 use super::arguments::{Failure, exactly, given, option, positional, span};
+use super::disk::Disk;
 use super::names::Names;
 use goldenscript::{Command, Context, Runner};
 use ringleader::kv::ring::Point;
 use ringleader::machine::{Machine, Time};
 use ringleader::view::View;
-use ringleader::view::leader::{Effect, Input, Leader};
+use ringleader::view::leader::{Effect, Input, Leader, Worker};
+use ringleader::view::log;
 use ringleader::view::messages::{ViewReply, ViewRequest};
+use ringleader::view::state::State;
 use ringleader::wire::Identity;
 use serde_json::{Value, json};
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
 /// One script's viewleader.
-#[derive(Default)]
 pub(crate) struct ViewleaderScript {
     now: Time,
     leader: Leader<u32>,
+    log: Disk,
+    is_log_held: bool,
+    workers: BTreeSet<Worker>,
     requests: u32,
     names: Names,
+}
+
+impl Default for ViewleaderScript {
+    fn default() -> Self {
+        Self {
+            now: Time::default(),
+            leader: Leader::new(Time::default(), State::default(), 0),
+            log: Disk::default(),
+            is_log_held: false,
+            workers: BTreeSet::new(),
+            requests: 0,
+            names: Names::default(),
+        }
+    }
 }
 
 impl Runner for ViewleaderScript {
@@ -60,8 +84,24 @@ impl Runner for ViewleaderScript {
                 Ok(self.step(Input::Slept(span(pause)?), None, as_json))
             }
             "ending" => Ok(self.step(Input::Ending, None, as_json)),
+            "work" => Ok(self.work()),
+            "hold_log" => {
+                self.is_log_held = true;
+                Ok(String::new())
+            }
+            "release_log" => {
+                self.is_log_held = false;
+                Ok(self.commit())
+            }
             "restart" => {
-                self.leader = Leader::default();
+                self.log.crash(0);
+                let recovered = log::recover(self.log.store())?;
+                self.start(recovered.state, recovered.index);
+                Ok(String::new())
+            }
+            "replace" => {
+                self.log = Disk::default();
+                self.start(State::default(), 0);
                 Ok(String::new())
             }
             "groups" => {
@@ -101,9 +141,18 @@ impl ViewleaderScript {
                 if let Some(seen) = number("seen")? {
                     request["seen"] = seen.into();
                 }
+                if let Some(start) = option(command, "start") {
+                    let (count, drawn) = start.split_once('-').unwrap_or((start, "0"));
+                    let (count, drawn): (u64, u64) = (count.parse()?, drawn.parse()?);
+                    request["start"] = json!({"count": count, "drawn": drawn});
+                }
+                if let Some(formerly) = option(command, "formerly") {
+                    request["formerly"] = identity(formerly);
+                }
                 request
             }
-            ("query_servers", []) => json!({"cmd": cmd}),
+            ("query_servers" | "rebalance_status", []) => json!({"cmd": cmd}),
+            ("drain", [server]) => json!({"cmd": cmd, "server": server}),
             ("query_view", []) => {
                 let mut request = json!({"cmd": cmd});
                 if let Some(after) = number("after")? {
@@ -140,25 +189,80 @@ impl ViewleaderScript {
         })
     }
 
-    /// Steps the machine. One line for each effect; what is not the answer to
-    /// `asked` is shown with the number of the request that it answers.
+    /// Starts the process with what it remembers.
+    fn start(&mut self, state: State, index: u64) {
+        self.leader = Leader::new(self.now, state, index);
+        self.workers.clear();
+    }
+
+    /// Steps the machine, and again for what has reached the log, unless that is
+    /// held. One line for each effect; what is not the answer to `asked` is shown
+    /// with the number of the request that it answers.
     fn step(&mut self, input: Input<u32>, asked: Option<u32>, as_json: bool) -> String {
-        let (mut effects, mut lines, mut answered) = (Vec::new(), String::new(), asked.is_none());
-        self.leader.step(self.now, input, &mut effects);
-        for effect in effects {
-            let _ = match effect {
-                Effect::Note(note) => writeln!(lines, "note: {note}"),
-                Effect::Reply { to, reply } if Some(to) == asked => {
-                    answered = true;
-                    writeln!(lines, "{}", show(&reply, as_json))
-                }
-                Effect::Reply { to, reply } => {
-                    writeln!(lines, "to request {to}: {}", show(&reply, as_json))
-                }
-            };
+        let (mut inputs, mut lines) = (VecDeque::from([input]), String::new());
+        let mut answered = asked.is_none();
+        while let Some(input) = inputs.pop_front() {
+            let mut effects = Vec::new();
+            self.leader.step(self.now, input, &mut effects);
+            for effect in effects {
+                let _ = match effect {
+                    Effect::Note(note) => writeln!(lines, "note: {note}"),
+                    Effect::Reply { to, reply } if Some(to) == asked => {
+                        answered = true;
+                        writeln!(lines, "{}", show(&reply, as_json))
+                    }
+                    Effect::Reply { to, reply } => {
+                        writeln!(lines, "to request {to}: {}", show(&reply, as_json))
+                    }
+                    Effect::Append { index, change } => {
+                        self.log.submit(vec![log::append(index, &change)], index, self.now);
+                        if self.is_log_held {
+                            writeln!(lines, "change {index} waits for the log")
+                        } else {
+                            self.log.keep_up_to(index);
+                            inputs.push_back(Input::Committed { index });
+                            Ok(())
+                        }
+                    }
+                    Effect::StartWorker(worker) => {
+                        self.workers.insert(worker);
+                        writeln!(lines, "starts {}", worker.name())
+                    }
+                    Effect::WorkerDone(worker, line) => {
+                        self.workers.remove(&worker);
+                        let line = line.map(|line| format!(", printing {line:?}"));
+                        writeln!(lines, "ends {}{}", worker.name(), line.unwrap_or_default())
+                    }
+                };
+            }
         }
         if let (Some(number), false) = (asked, answered) {
             let _ = writeln!(lines, "request {number} waits");
+        }
+        lines
+    }
+
+    /// What waits for the log has reached it.
+    fn commit(&mut self) -> String {
+        match self.log.release() {
+            None => String::new(),
+            Some(index) => {
+                self.log.keep_up_to(index);
+                self.step(Input::Committed { index }, None, false)
+            }
+        }
+    }
+
+    /// The workers look, one after the other, until nothing comes of it twice.
+    fn work(&mut self) -> String {
+        let (mut lines, mut idle) = (String::new(), 0);
+        while idle < 2 && !self.workers.is_empty() {
+            let before = (self.view().revision, self.workers.clone());
+            for worker in self.workers.clone() {
+                lines += &self.step(Input::Work(worker), None, false);
+            }
+            let is_idle = before == (self.view().revision, self.workers.clone());
+            idle = if is_idle { idle + 1 } else { 0 };
         }
         lines
     }

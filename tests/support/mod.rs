@@ -6,6 +6,10 @@
 //!   an answer may fail to come.
 //! * [`systems`]: a whole system, ours or the Python reference, behind one
 //!   trait, so that a test can drive both alike.
+//! * [`keys`]: many keys at once, and where each of them must be.
+//! * [`traffic`]: readers and writers that know what they have been promised.
+//! * [`nodes`]: a cluster of ours whose programs are killed, stopped and started
+//!   again over their disks.
 //!
 //! Every test binary that says `mod support;` compiles all of it.
 
@@ -20,6 +24,9 @@
               sockets and threads"
 )]
 
+pub(crate) mod keys;
+pub(crate) mod nodes;
 pub(crate) mod process;
 pub(crate) mod systems;
+pub(crate) mod traffic;
 pub(crate) mod wire;

@@ -145,6 +145,11 @@ impl Program {
         self.child.try_wait().unwrap()
     }
 
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.ended().is_some()
+    }
+
     /// # Panics
     /// If it has ended; the message holds what it said last.
     pub(crate) fn assert_running(&mut self) {

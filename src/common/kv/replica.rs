@@ -122,6 +122,8 @@ pub enum Fetched {
     UpTo(Option<Cursor>),
     /// All of it, and the last page is on its way to the disk.
     Storing,
+    /// All of it is on the disk, and that it is all is on its way there.
+    Sealing,
     /// All of it.
     All,
 }
@@ -217,7 +219,7 @@ impl Replica {
             start: self.arc.start,
             end: self.arc.end,
             since: self.since,
-            complete: self.fetched == Fetched::All,
+            complete: matches!(self.fetched, Fetched::Sealing | Fetched::All),
             committed: self.committed,
         }
     }

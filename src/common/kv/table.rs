@@ -156,6 +156,14 @@ impl Table {
         }
     }
 
+    /// Whether `version` is the newest that is held of `key`: the one that the disk
+    /// is to keep.
+    pub fn is_newest(&self, point: Point, key: &str, version: Version) -> bool {
+        let Some(slot) = self.place(point).get(key) else { return true };
+        let held = slot.prepared.last().or(slot.committed.as_ref());
+        held.is_none_or(|held| held.version <= version)
+    }
+
     /// The prepared entry of `key` with this version, if no newer one has
     /// superseded it.
     pub fn prepared(&self, point: Point, key: &Text, version: Version) -> Option<Entry> {

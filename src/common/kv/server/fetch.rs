@@ -56,7 +56,7 @@ impl<T> Server<T> {
         let Asked { start, since, held, until } = asked;
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         // What is committed stays right under later versions, in the same seat.
-        if replica.since != since || replica.fetched == Fetched::All {
+        if replica.since != since || !matches!(replica.fetched, Fetched::UpTo(_)) {
             return;
         }
         replica.fetching = false;
@@ -87,7 +87,10 @@ impl<T> Server<T> {
                 if self.table.replace(point, entry.clone()) {
                     self.moved.needed += entry.bytes() as u64;
                 }
-                self.records.push(Record::Entry { point, entry });
+                // A newer one that was prepared meanwhile stays on the disk.
+                if self.table.is_newest(point, &entry.key, entry.version) {
+                    self.records.push(Record::Entry { point, entry });
+                }
             }
         }
         match reached.filter(|cursor| arc.contains(cursor.point)) {
@@ -106,15 +109,28 @@ impl<T> Server<T> {
         }
     }
 
-    /// Everything in `arc` that was fetched is on the disk: the replica may be
-    /// ready; or its parts, if the arc has been split meanwhile.
-    pub(super) fn fetch_stored(&mut self, now: Time, arc: Arc, since: Revision) {
+    /// Everything in `arc` that was fetched is on the disk: now the disk may say
+    /// that the seat is complete; or the seats, if the arc has been split
+    /// meanwhile.
+    pub(super) fn fetch_stored(&mut self, arc: Arc, since: Revision) {
         for replica in self.replicas.values_mut() {
             let is_part = replica.since == since && arc.contains(replica.arc.start);
             if is_part && replica.fetched == Fetched::Storing {
+                replica.fetched = Fetched::Sealing;
+                self.records.push(Record::Seat(replica.seat()));
+            }
+        }
+        self.then(Then::Sealed { arc, since });
+    }
+
+    /// The disk knows that the seats in `arc` are complete: they are ready. Not
+    /// before: a server that starts again must not be less than it was taken for.
+    pub(super) fn seat_sealed(&mut self, now: Time, arc: Arc, since: Revision) {
+        for replica in self.replicas.values_mut() {
+            let is_part = replica.since == since && arc.contains(replica.arc.start);
+            if is_part && replica.fetched == Fetched::Sealing {
                 replica.fetched = Fetched::All;
                 replica.left = 0;
-                self.records.push(Record::Seat(replica.seat()));
                 self.agenda.report = self.agenda.report.map(|_| now);
             }
         }

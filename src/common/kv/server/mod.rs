@@ -237,6 +237,8 @@ enum Then<T> {
     Own { point: Point, version: Version },
     /// Everything in this arc has been fetched.
     Fetched { arc: Arc, since: Revision },
+    /// The disk knows that it has.
+    Sealed { arc: Arc, since: Revision },
     /// The identity may be told.
     Person,
 }

@@ -3,7 +3,7 @@
 use super::{CallError, Effect, Effects, OpId, Purpose, Server, TELL, Then};
 use crate::kv::disk::Record;
 use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request, Set};
-use crate::kv::replica::{Fellows, MAX_PENDING, Pending, Replica};
+use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, Pending, Replica};
 use crate::kv::ring::Point;
 use crate::kv::{Entry, MAX_BATCH_BYTES, Text, Version};
 use crate::machine::Time;
@@ -209,7 +209,7 @@ impl<T> Server<T> {
         if !replica.all_follow() {
             return;
         }
-        if !replica.is_serving() && replica.pending.is_empty() {
+        if !replica.is_serving() && replica.pending.is_empty() && replica.fetched == Fetched::All {
             if let Some(primary) = replica.primary.as_mut() {
                 primary.serving = true;
             }

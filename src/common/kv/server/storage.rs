@@ -90,7 +90,11 @@ impl<T> Server<T> {
     /// once it is stored.
     pub(super) fn keep_pending(&mut self, point: Point, entry: Entry) {
         let version = entry.version;
-        self.records.push(Record::Entry { point, entry });
+        // The disk keeps the newest only. One that a newer one has overtaken is
+        // superseded by it, whatever becomes of either.
+        if self.table.is_newest(point, &entry.key, version) {
+            self.records.push(Record::Entry { point, entry });
+        }
         self.then(Then::Own { point, version });
     }
 
@@ -116,7 +120,8 @@ impl<T> Server<T> {
                     out.push(Effect::Reply { to, reply: Reply::Peer(answer) });
                 }
                 Then::Own { point, version } => self.own_stored(now, point, version, out),
-                Then::Fetched { arc, since } => self.fetch_stored(now, arc, since),
+                Then::Fetched { arc, since } => self.fetch_stored(arc, since),
+                Then::Sealed { arc, since } => self.seat_sealed(now, arc, since),
                 Then::Person => self.person_stored(now),
             }
         }

@@ -1,16 +1,16 @@
 //! Readers and writers that go on while servers come and go, and know what they
 //! have been promised.
 
-use crate::support::process::{PATIENCE, wait_until};
-use crate::support::wire::{Connection, Reply};
-use crate::{getr, setr, value_of};
+use super::keys::{getr, setr, value_of};
+use super::process::{PATIENCE, wait_until};
+use super::wire::{Connection, Reply};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long each client rests between two calls: there are few processors here,
 /// and what is written will be read from every server.
@@ -36,6 +36,10 @@ struct Seen {
     refused: Vec<String>,
     /// The register: which one it is, and the last number that was acknowledged.
     register: (u64, u64),
+    /// The longest that a key which was asked for could not be read.
+    longest_gap: Duration,
+    /// Requests that servers which were to go had not answered when they went.
+    hung_up: usize,
 }
 
 #[derive(Default)]
@@ -52,6 +56,12 @@ pub(crate) struct Outcome {
     pub(crate) in_doubt: BTreeSet<String>,
     /// The refusals.
     pub(crate) refused: Vec<String>,
+    /// The register that was written last, and its last acknowledged number.
+    pub(crate) register: (u64, u64),
+    /// The longest that a key which was asked for could not be read.
+    pub(crate) longest_gap: Duration,
+    /// Requests that servers which were to go had not answered when they went.
+    pub(crate) hung_up: usize,
 }
 
 impl Outcome {
@@ -99,6 +109,16 @@ impl Traffic {
         seen.servers.retain(|other| *other != server);
     }
 
+    /// Any of `servers` is about to end or to sleep, and will be back.
+    pub(crate) fn expect_silence(&self, servers: &[SocketAddrV4]) {
+        self.shared.seen.lock().unwrap().gone.extend(servers);
+    }
+
+    /// The refusals so far.
+    pub(crate) fn refused(&self) -> Vec<String> {
+        self.shared.seen.lock().unwrap().refused.clone()
+    }
+
     /// Waits until this many more writes have been acknowledged.
     pub(crate) fn wait_for_writes(&self, count: usize) {
         let acknowledged = || self.shared.seen.lock().unwrap().acknowledged.len();
@@ -135,6 +155,9 @@ impl Traffic {
             acknowledged: seen.acknowledged.into_iter().collect(),
             in_doubt: seen.in_doubt,
             refused: seen.refused,
+            register: seen.register,
+            longest_gap: seen.longest_gap,
+            hung_up: seen.hung_up,
         }
     }
 }
@@ -198,8 +221,9 @@ impl Client {
                     Some(_) => panic!("{request} through {address}: {reply}"),
                 }
             }
-            Reply::Closed if self.seen(|seen| seen.gone.contains(&address)) => {
+            Reply::Closed | Reply::Silent if self.seen(|seen| seen.gone.contains(&address)) => {
                 self.server += 1;
+                self.seen(|seen| seen.hung_up += 1);
                 Came::InDoubt
             }
             other => panic!("{request} through {address}: {other:?}"),
@@ -234,7 +258,17 @@ impl Client {
                 seen.acknowledged.get(turn % count).cloned()
             });
             let Some(key) = key else { continue };
-            if let Came::Answer(reply) = self.call(&getr(&key)) {
+            let asked = Instant::now();
+            let reply = loop {
+                match self.call(&getr(&key)) {
+                    Came::Answer(reply) => break Some(reply),
+                    _ if !self.goes_on() => break None,
+                    _ => {}
+                }
+            };
+            let gap = asked.elapsed();
+            self.seen(|seen| seen.longest_gap = seen.longest_gap.max(gap));
+            if let Some(reply) = reply {
                 assert_eq!(reply["value"], value_of(&key), "{key} was acknowledged: {reply}");
             }
         }
