@@ -197,7 +197,13 @@ impl<T> Server<T> {
         self.view = view;
         let Some(id) = self.id.clone() else { return };
         let view = Arc::clone(&self.view);
-        self.leaving |= view.member(&id).is_some_and(|member| member.leaving);
+        let Some(member) = view.member(&id) else {
+            // It has been put out, and will be told with its next heartbeat. What it
+            // holds may be all that is left of a lost group: nothing is dropped.
+            self.replicas.values_mut().for_each(|replica| replica.primary = None);
+            return;
+        };
+        self.leaving |= member.leaving;
         let mut before = std::mem::take(&mut self.replicas);
         let held: Vec<Point> = before.values().flat_map(|replica| replica.arc.points()).collect();
         let starts: Vec<Point> = before.keys().copied().collect();
