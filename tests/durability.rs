@@ -68,15 +68,13 @@ fn everything_is_killed(name: &str, between: impl Fn(&mut Nodes)) {
         let (outcome, epoch) = (traffic.end(), nodes.epoch());
         nodes.assert_holds(&outcome);
         // The register's last acknowledged number, or a later one that was in doubt.
-        let (register, last) = outcome.register;
-        let read = call(nodes.at(0), &getr(&format!("register {register}"))).value();
+        let (register, last) = outcome.register.clone();
+        let read = call(nodes.at(0), &getr(&register)).value();
         let found = read["value"].as_str().map_or(0, |value| value.parse().unwrap());
         assert!(found >= last, "{last} was acknowledged, {found} is there");
         nodes.running().iter().for_each(|address| assert_all(*address, &known));
         println!("{name} {round}: {} writes, epoch {epoch}", outcome.acknowledged.len());
-        // The next round's writers use the same names.
         known.extend(outcome.acknowledged.into_iter().map(|key| (key.clone(), value_of(&key))));
-        known.dedup();
     }
 }
 
@@ -230,12 +228,16 @@ fn a_write_that_only_a_dead_primary_has_on_its_disk_does_not_come_and_go() {
     // The others are gone for a moment: what is written now reaches one disk, is
     // never committed and never acknowledged.
     nodes.kill_together(&[1, 2]);
-    let mut writer = Connection::open(nodes.at(0)).unwrap();
-    for (key, value) in rewritten(&keys, "unfinished") {
-        writer.send(&frame(setr(&key, &value).to_string().as_bytes()));
-    }
+    let unfinished = rewritten(&keys, "unfinished");
+    let writers = unfinished.iter().map(|(key, value)| {
+        let mut writer = Connection::open(nodes.at(0)).unwrap();
+        writer.send(&frame(setr(key, value).to_string().as_bytes()));
+        writer
+    });
+    let writers: Vec<Connection> = writers.collect();
     thread::sleep(Duration::from_millis(300));
     nodes.kill(0);
+    drop(writers);
     nodes.restart_unheard(1);
     nodes.restart_unheard(2);
     nodes.wait_until_out(0);
@@ -383,31 +385,31 @@ fn a_viewleader_that_is_killed_again_and_again_forgets_nothing() {
     assert_eq!(ask("lock_get", "door", "you")["status"], "retry");
     let mut watch = Watch { epoch: 0, revision: 0 };
     let mut rng = rand::rng();
-    for round in 0..if is_long() { 40 } else { 10 } {
-        watch.look(&nodes);
-        match round % 3 {
-            0 => {
-                nodes.join(1, &[]);
-                traffic.use_servers(nodes.running());
-            }
-            1 => {
-                let running = nodes.running();
-                let victim = running[rng.random_range(0..running.len())];
-                traffic.expect_gone(victim);
-                let index = nodes.index_of(victim);
-                nodes.kill(index);
-            }
-            _ => {}
+    for round in 0..if is_long() { 30 } else { 5 } {
+        if round % 2 == 0 {
+            nodes.join(1, &[]);
+            traffic.use_servers(nodes.running());
+        } else {
+            let running = nodes.running();
+            let victim = running[rng.random_range(0..running.len())];
+            traffic.expect_gone(victim);
+            let index = nodes.index_of(victim);
+            nodes.kill(index);
         }
-        thread::sleep(Duration::from_millis(rng.random_range(0..600)));
-        watch.look(&nodes);
-        nodes.kill_viewleader();
-        thread::sleep(Duration::from_millis(rng.random_range(0..300)));
-        nodes.start_viewleader();
-        watch.look(&nodes);
-        assert_eq!(ask("lock_get", "door", "me")["status"], "granted", "it is still held");
-        let queued = ask("lock_get", "door", "you");
-        assert_eq!((&queued["status"], &queued["position"]), (&json!("retry"), &json!(1)));
+        for _ in 0..rng.random_range(1..4) {
+            watch.look(&nodes);
+            thread::sleep(Duration::from_millis(rng.random_range(0..500)));
+            watch.look(&nodes);
+            nodes.kill_viewleader();
+            thread::sleep(Duration::from_millis(rng.random_range(0..200)));
+            nodes.start_viewleader();
+            watch.look(&nodes);
+            assert_eq!(ask("lock_get", "door", "me")["status"], "granted", "it is still held");
+            let queued = ask("lock_get", "door", "you");
+            assert_eq!((&queued["status"], &queued["position"]), (&json!("retry"), &json!(1)));
+        }
+        // No second failure before all is well again: nobody's keys are to be lost.
+        nodes.wait_until_at_rest();
     }
     traffic.wait_for_writes(50);
     nodes.wait_until_at_rest();

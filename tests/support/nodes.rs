@@ -1,7 +1,7 @@
 //! A cluster of ours whose programs are killed, stopped and started again over
 //! their disks, on the ports that they had.
 
-use super::keys::{assert_readable, wait_until_placed};
+use super::keys::{assert_readable, getr, wait_until_placed};
 use super::process::{Finished, PATIENCE, Program, free_ports, wait_until, within};
 use super::systems::{Listing, local, view_of};
 use super::traffic::Outcome;
@@ -255,10 +255,18 @@ impl Nodes {
         })
     }
 
-    /// Waits for that.
+    /// Waits for that, and until every server that runs answers what is asked of
+    /// all of them. (A viewleader that was started again knows the members, but
+    /// not whether they are there.)
     pub(crate) fn wait_until_at_rest(&self) {
-        let rest = within(PATIENCE, || self.is_at_rest().then_some(()));
-        if rest.is_none() {
+        let answers = |at: &SocketAddrV4| {
+            let probes = (0..20).map(|number| getr(&format!("is anybody there? {number}")));
+            probes.into_iter().all(|probe| {
+                matches!(call(*at, &probe), Reply::Value(reply) if reply["error"].is_null())
+            })
+        };
+        let is_at_rest = || self.is_at_rest() && self.running().iter().all(answers);
+        if within(PATIENCE, || (is_at_rest() && self.is_at_rest()).then_some(())).is_none() {
             let status = call(self.leader(), &json!({"cmd": "status"}));
             panic!("never at rest with {:?}: {status:?}", self.running());
         }

@@ -7,7 +7,7 @@ use super::wire::{Connection, Reply};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -44,20 +44,25 @@ struct Seen {
 
 #[derive(Default)]
 struct Shared {
+    /// Tells these clients' keys from those of others.
+    number: usize,
     end: AtomicBool,
     seen: Mutex<Seen>,
 }
 
 /// What has come of it.
 pub(crate) struct Outcome {
+    /// What the clients' keys begin with.
+    pub(crate) prefix: String,
     /// The keys that must be there, each with its [`value_of`].
     pub(crate) acknowledged: BTreeSet<String>,
     /// The keys that may be there.
     pub(crate) in_doubt: BTreeSet<String>,
     /// The refusals.
     pub(crate) refused: Vec<String>,
-    /// The register that was written last, and its last acknowledged number.
-    pub(crate) register: (u64, u64),
+    /// The key of the register that was written last, and the last number that was
+    /// acknowledged.
+    pub(crate) register: (String, u64),
     /// The longest that a key which was asked for could not be read.
     pub(crate) longest_gap: Duration,
     /// Requests that servers which were to go had not answered when they went.
@@ -69,7 +74,7 @@ impl Outcome {
     pub(crate) fn assert_explains(&self, found: &BTreeSet<String>) {
         let lost = self.acknowledged.difference(found).next();
         assert_eq!(lost, None, "lost; {} were acknowledged", self.acknowledged.len());
-        let mut ours = found.iter().filter(|key| key.starts_with("writer "));
+        let mut ours = found.iter().filter(|key| key.starts_with(&self.prefix));
         let strange =
             ours.find(|key| !self.acknowledged.contains(*key) && !self.in_doubt.contains(*key));
         assert_eq!(strange, None, "refused, and there all the same");
@@ -80,8 +85,10 @@ impl Traffic {
     /// Starts two writers, a reader of what they have written, and a writer and
     /// a reader of one register.
     pub(crate) fn start(servers: Vec<SocketAddrV4>) -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let seen = Mutex::new(Seen { servers, ..Seen::default() });
-        let shared = Arc::new(Shared { end: AtomicBool::new(false), seen });
+        let shared = Arc::new(Shared { number, end: AtomicBool::new(false), seen });
         let works: [fn(&mut Client); 5] = [
             |client| client.write_keys("first"),
             |client| client.write_keys("second"),
@@ -152,10 +159,11 @@ impl Traffic {
         }
         let seen = std::mem::take(&mut *self.shared.seen.lock().unwrap());
         Outcome {
+            prefix: self.shared.prefix(),
             acknowledged: seen.acknowledged.into_iter().collect(),
             in_doubt: seen.in_doubt,
             refused: seen.refused,
-            register: seen.register,
+            register: (self.shared.register(seen.register.0), seen.register.1),
             longest_gap: seen.longest_gap,
             hung_up: seen.hung_up,
         }
@@ -165,6 +173,18 @@ impl Traffic {
 impl Drop for Traffic {
     fn drop(&mut self) {
         self.shared.end.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    /// What the writers' keys begin with.
+    fn prefix(&self) -> String {
+        format!("writer {} ", self.number)
+    }
+
+    /// The key of the register `which`.
+    fn register(&self, which: u64) -> String {
+        format!("register {} {which}", self.number)
     }
 }
 
@@ -236,7 +256,7 @@ impl Client {
             if !self.goes_on() {
                 return;
             }
-            let key = format!("writer {name} {number}");
+            let key = format!("{}{name} {number}", self.shared.prefix());
             match self.call(&setr(&key, &value_of(&key))) {
                 Came::Answer(reply) => {
                     assert_eq!(reply["status"], "ok", "{reply}");
@@ -280,7 +300,7 @@ impl Client {
         while self.goes_on() {
             let (register, last) = self.seen(|seen| seen.register);
             let next = last + 1;
-            match self.call(&setr(&format!("register {register}"), &next.to_string())) {
+            match self.call(&setr(&self.shared.register(register), &next.to_string())) {
                 Came::Answer(reply) => {
                     assert_eq!(reply["status"], "ok", "{reply}");
                     self.seen(|seen| seen.register.1 = next);
@@ -300,7 +320,7 @@ impl Client {
             if newest.0 != register {
                 newest = (register, 0);
             }
-            let Came::Answer(reply) = self.call(&getr(&format!("register {register}"))) else {
+            let Came::Answer(reply) = self.call(&getr(&self.shared.register(register))) else {
                 continue;
             };
             let value = reply["value"].as_str().unwrap_or("0").parse::<u64>().unwrap();

@@ -69,18 +69,8 @@ impl<T> Server<T> {
         self.moved.keys += page.entries.len() as u64;
         self.moved.bytes += bytes as u64;
         self.fetch_at = now + page_time(bytes, self.settings.fetch_rate);
-        let gone: BTreeSet<&Text> = page.gone.iter().collect();
-        let place = |key: &Text| (Point::of(key).distance_from(arc.start), Text::clone(key));
-        let end = reached.as_ref().map(|cursor| place(&cursor.key));
-        for (key, _) in held {
-            if end.as_ref().is_some_and(|end| place(&key) > *end) {
-                continue;
-            }
-            let point = Point::of(&key);
-            if self.table.settle_old(point, &key, !gone.contains(&key)) {
-                self.records.push(Record::Drop { point, key });
-            }
-        }
+        // First what is news: it replaces what was held. Then the rest of what was
+        // held is right, or gone.
         for entry in page.entries {
             let point = Point::of(&entry.key);
             if arc.contains(point) {
@@ -91,6 +81,18 @@ impl<T> Server<T> {
                 if self.table.is_newest(point, &entry.key, entry.version) {
                     self.records.push(Record::Entry { point, entry });
                 }
+            }
+        }
+        let gone: BTreeSet<&Text> = page.gone.iter().collect();
+        let place = |key: &Text| (Point::of(key).distance_from(arc.start), Text::clone(key));
+        let end = reached.as_ref().map(|cursor| place(&cursor.key));
+        for (key, _) in held {
+            if end.as_ref().is_some_and(|end| place(&key) > *end) {
+                continue;
+            }
+            let point = Point::of(&key);
+            if self.table.settle_old(point, &key, !gone.contains(&key)) {
+                self.records.push(Record::Drop { point, key });
             }
         }
         match reached.filter(|cursor| arc.contains(cursor.point)) {
