@@ -37,6 +37,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 /// One script's viewleader.
 pub(crate) struct ViewleaderScript {
@@ -46,6 +47,8 @@ pub(crate) struct ViewleaderScript {
     is_log_held: bool,
     workers: BTreeSet<Worker>,
     requests: u32,
+    /// The view as it was seen last.
+    view: Arc<View>,
     names: Names,
 }
 
@@ -58,6 +61,7 @@ impl Default for ViewleaderScript {
             is_log_held: false,
             workers: BTreeSet::new(),
             requests: 0,
+            view: Arc::default(),
             names: Names::default(),
         }
     }
@@ -105,18 +109,20 @@ impl Runner for ViewleaderScript {
                 Ok(String::new())
             }
             "groups" => {
-                let view = self.view();
-                self.names.learn(&view);
-                Ok(self.names.view_lines(&view))
+                let lines = self.step(Input::Tick, None, as_json) + &self.look();
+                self.names.learn(&self.view);
+                Ok(lines + &self.names.view_lines(&self.view))
             }
             "raw" => {
                 let [body] = exactly(command)?;
                 self.ask(Ipv4Addr::LOCALHOST, body, as_json)
             }
             _ => {
+                // A report is about the groups as they are.
+                let lines = if command.name == "report" { self.look() } else { String::new() };
                 let request = self.request(command)?;
                 let host = option(command, "host").unwrap_or("10.0.0.1").parse()?;
-                self.ask(host, &request.to_string(), as_json)
+                Ok(lines + &self.ask(host, &request.to_string(), as_json)?)
             }
         }
     }
@@ -124,7 +130,7 @@ impl Runner for ViewleaderScript {
 
 impl ViewleaderScript {
     /// The request that the command stands for.
-    fn request(&mut self, command: &Command) -> Result<Value, Failure> {
+    fn request(&self, command: &Command) -> Result<Value, Failure> {
         let cmd = command.name.as_str();
         let arguments = positional(command);
         let number = |key| option(command, key).map(str::parse::<u64>).transpose();
@@ -164,9 +170,8 @@ impl ViewleaderScript {
                 request
             }
             ("report", [id]) => {
-                let view = self.view();
                 let groups = |key| -> Result<Vec<Value>, Failure> {
-                    given(command, key).into_iter().map(|text| in_group(&view, text)).collect()
+                    given(command, key).into_iter().map(|text| in_group(&self.view, text)).collect()
                 };
                 let (ready, established) = (groups("ready")?, groups("established")?);
                 let requestor = identity(id);
@@ -207,6 +212,10 @@ impl ViewleaderScript {
             for effect in effects {
                 let _ = match effect {
                     Effect::Note(note) => writeln!(lines, "note: {note}"),
+                    Effect::Reply { to: 0, reply: ViewReply::View(answer) } => {
+                        self.view = answer.view;
+                        Ok(())
+                    }
                     Effect::Reply { to, reply } if Some(to) == asked => {
                         answered = true;
                         writeln!(lines, "{}", show(&reply, as_json))
@@ -257,27 +266,22 @@ impl ViewleaderScript {
     fn work(&mut self) -> String {
         let (mut lines, mut idle) = (String::new(), 0);
         while idle < 2 && !self.workers.is_empty() {
-            let before = (self.view().revision, self.workers.clone());
+            lines += &self.look();
+            let before = (self.view.revision, self.workers.clone());
             for worker in self.workers.clone() {
                 lines += &self.step(Input::Work(worker), None, false);
             }
-            let is_idle = before == (self.view().revision, self.workers.clone());
+            lines += &self.look();
+            let is_idle = before == (self.view.revision, self.workers.clone());
             idle = if is_idle { idle + 1 } else { 0 };
         }
         lines
     }
 
-    /// The view, without letting time pass: asked for like by anybody.
-    fn view(&mut self) -> View {
+    /// Looks at the view, as anybody can: it is asked for, as request 0.
+    fn look(&mut self) -> String {
         let request = ViewRequest::QueryView(Default::default());
-        let input = Input::Request { from: 0, host: Ipv4Addr::LOCALHOST, request };
-        let mut effects = Vec::new();
-        self.leader.step(self.now, input, &mut effects);
-        let view = effects.into_iter().find_map(|effect| match effect {
-            Effect::Reply { to: 0, reply: ViewReply::View(answer) } => Some(answer.view),
-            _ => None,
-        });
-        view.map(|view| (*view).clone()).unwrap_or_default()
+        self.step(Input::Request { from: 0, host: Ipv4Addr::LOCALHOST, request }, None, false)
     }
 }
 

@@ -315,6 +315,10 @@ pub struct HeartbeatReply {
     /// older view.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<Revision>,
+    /// Ours, with `deny`: the server holds nothing that is not elsewhere. One that
+    /// was told to leave may end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub free: bool,
 }
 
 /// What a heartbeat brought.

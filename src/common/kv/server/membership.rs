@@ -138,7 +138,7 @@ impl<T> Server<T> {
             Err(ViewError::Refused(refusal)) => {
                 out.push(Effect::Note(format!("the viewleader refuses the heartbeat: {refusal}")));
             }
-            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: Some(lease_ms), revision }) => {
+            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: Some(lease_ms), revision, .. }) => {
                 if !self.joined {
                     out.push(Effect::Note(format!("joined in {}", epoch.unwrap_or_default())));
                     self.joined = true;
@@ -160,15 +160,15 @@ impl<T> Server<T> {
                     self.settings.address
                 )));
             }
-            Ok(HeartbeatReply { status: Beat::Deny, .. }) => self.start_over(out),
+            Ok(HeartbeatReply { status: Beat::Deny, free, .. }) => self.start_over(free, out),
         }
     }
 
-    /// The viewleader does not know this identity any more. If it was to leave,
-    /// it has left. Else its lease has run out and others have taken over: what it
+    /// The viewleader does not know this identity any more. If it was to leave, and
+    /// nothing depends on what it holds, it has left. Else its lease has run out and others have taken over: what it
     /// holds may be old. It goes on as a new one, and has it compared.
-    fn start_over(&mut self, out: &mut Effects<T>) {
-        if self.leaving {
+    fn start_over(&mut self, is_free: bool, out: &mut Effects<T>) {
+        if std::mem::take(&mut self.leaving) && is_free {
             out.push(Effect::Note("everything is elsewhere: leaving the cluster".to_owned()));
             out.push(Effect::End);
         } else {

@@ -5,7 +5,7 @@ use crate::kv::ring::Point;
 use crate::machine::Time;
 use crate::view::messages::{Beat, Heartbeat, HeartbeatReply, ViewReply};
 use crate::view::state::Change;
-use crate::view::{Dialect, Member};
+use crate::view::{Dialect, Group, Member};
 use crate::wire::{Identity, Refusal};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
@@ -136,6 +136,12 @@ impl<T> Leader<T> {
         self.propose(change, Asker::Heartbeat { to, beat, leased_until }, effects);
     }
 
+    /// Whether `id` has been put out and is not the last holder of anything.
+    fn is_free(&self, id: &Identity) -> bool {
+        let holds = |group: &Group| group.held_by.iter().any(|holder| holder.id == *id);
+        self.state.is_denied(id) && !self.view().groups.iter().any(holds)
+    }
+
     pub(super) fn beat_reply(&self, status: Beat, beat: &Heartbeat) -> ViewReply {
         let is_ours = status == Beat::Ok && beat.lease_ms.is_some();
         ViewReply::Heartbeat(HeartbeatReply {
@@ -143,6 +149,7 @@ impl<T> Leader<T> {
             epoch: (status != Beat::Deny).then_some(self.view().epoch),
             lease_ms: is_ours.then(|| wanted_lease(beat).as_millis() as u64),
             revision: is_ours.then_some(self.view().revision),
+            free: status == Beat::Deny && beat.lease_ms.is_some() && self.is_free(&beat.requestor),
         })
     }
 }
