@@ -5,9 +5,10 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::print_stdout,
     clippy::disallowed_methods,
     clippy::disallowed_types,
-    reason = "a test may panic; it has a clock, sockets and threads"
+    reason = "a test may panic and tell; it has a clock, sockets and threads"
 )]
 
 mod support;

@@ -156,7 +156,11 @@ struct Run {
 pub(crate) fn run(seed: u64, narrate: bool) -> Result<Tally, String> {
     let mut run = Run::new(seed, narrate);
     let outcome = run.be_busy().and_then(|()| run.come_to_rest()).and_then(|()| {
-        if run.rng.random_bool(0.3) { run.lose_power().and_then(|()| run.come_to_rest()) } else { Ok(()) }
+        if run.rng.random_bool(0.3) {
+            run.lose_power().and_then(|()| run.come_to_rest())
+        } else {
+            Ok(())
+        }
     });
     let now = run.cluster.now();
     outcome.map(|()| run.tally).map_err(|what| format!("seed {seed} at {now}: {what}"))
@@ -565,7 +569,9 @@ impl Run {
                 stored.map(|(_, entry)| (entry.version.to_string(), Value::from(&*entry.value)));
             if keys.contains(&format!("\"{key}\"")) != wanted.is_some() || stored != wanted {
                 let name = self.name(server);
-                return Err(format!("{name} has {key} as {stored:?}, and not as {wanted:?}; {keys}"));
+                return Err(format!(
+                    "{name} has {key} as {stored:?}, and not as {wanted:?}; {keys}"
+                ));
             }
         }
         Ok(())

@@ -1,18 +1,52 @@
 //! The store in a directory, over the engine fjall.
 //!
+//! What it promises and the bytes are drawn in [`super`]. Here is what it costs,
+//! and what stands between the engine and us.
+//!
 //! # Space
 //!
-//! At rest and under endless overwrite the directory holds at most
+//! With `live` bytes of keys and values the directory holds, by measurement
+//! (`examples/store_trial.rs`, overwriting everything again and again):
 //!
-//! > 3 times the live data + [`FIXED_BYTES`]
+//! - at rest at most `2 * live + 128 MiB`,
+//! - while everything is overwritten as fast as the disk takes it, at most
+//!   `3 * live + 256 MiB`.
 //!
-//! where the live data are keys and values. TODO
+//! The fixed part is journals: a journal is sealed at [`JOURNAL_BYTES`], by the
+//! engine's own rule, and deleted once the tables in memory that it stands for
+//! have been written out. The factor is what a log-structured merge tree pays:
+//! older versions in tables that have not been merged yet, and a merge's result
+//! beside what it merges. `upkeep.rs` sees to it that both are short-lived.
+//! In memory it takes up to [`MAX_SEALED`] + 1 tables of [`MEMORY_TABLE_BYTES`] for
+//! each space in use, and the cache.
 //!
 //! # A full disk
 //!
-//! TODO
+//! The engine doesn't survive a write that finds no room: whatever it was, it
+//! takes no more commits until it is opened again. So a commit asks the file
+//! system first, and is refused while fewer than [`RESERVE_BYTES`] would stay
+//! free. The reserve is what the engine may still write for commits that it has
+//! taken: the tables in memory, one merge, and one journal (a new journal is a
+//! hole of that size; most file systems give it blocks only as it fills, some at
+//! once). A batch that only removes is taken down to half the reserve, for else a
+//! full store could never be made emptier. Nothing is remembered: the next commit
+//! asks again. A disk that isn't larger than the reserve is always full.
+//!
+//! If others fill the disk beyond the reserve, and a write finds no room all the
+//! same, then that commit or a later one is [`StoreError::Failed`], and the
+//! process must end. Nothing acknowledged is lost; reads go on until it ends, and
+//! the next start works as soon as there is room.
+//!
+//! # Opening
+//!
+//! A new store is made beside its place and moved there, so that there is never
+//! half a store. An old one is looked through by `journal.rs` before the engine
+//! sees it. The engine reads the journals (64 MiB or a few times that) and the
+//! lists of tables, so the time to open does not grow with the data; tables are
+//! checked block by block as they are read.
 
 use super::journal::{self, Active};
+use super::upkeep::Upkeep;
 use super::{Change, Durability, Space, Store, StoreError};
 use fjall::compaction::Leveled;
 use fjall::{
@@ -34,7 +68,7 @@ pub const MEMORY_TABLE_BYTES: u64 = 8 * MIB;
 /// How large a file of a sorted table is about.
 pub const TABLE_BYTES: u64 = 8 * MIB;
 
-/// So many tables of one space that overlap are merged into one.
+/// So many tables of one space that overlap are merged.
 pub const MERGE_AT: u8 = 4;
 
 /// A journal is sealed when it is this large: the engine's constant.
@@ -54,20 +88,30 @@ const WORKERS: usize = 2;
 /// So many bytes must stay free for the engine's background work.
 pub const RESERVE_BYTES: u64 = 256 * MIB;
 
+// A journal, what is in memory, and a merge of what is piled up with as much
+// from the level below.
+const _: () = assert!(
+    RESERVE_BYTES
+        >= JOURNAL_BYTES
+            + (Space::ALL.len() * (MAX_SEALED + 1)) as u64 * MEMORY_TABLE_BYTES
+            + (MAX_PILED_UP as u64 + MERGE_AT as u64) * TABLE_BYTES
+);
+
 /// A commit waits while a space has this many tables in memory that wait to be
 /// written out. The engine itself would wait at 4, for ever if its workers have
 /// failed.
-const MAX_SEALED: usize = 3;
+pub const MAX_SEALED: usize = 3;
 
 /// A commit waits while a space has this many tables that overlap. The engine
-/// itself would wait at 30.
-const MAX_OVERLAPPING: usize = 12;
+/// itself would wait at 30, also for ever. Few means that merges keep up, and so
+/// less space; many, that a burst of writes is taken faster.
+const MAX_PILED_UP: usize = 8;
 
-/// How often a commit that waits for the engine looks again.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// How often whoever waits for the engine looks again.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Says how many bytes are free where the store is.
-type Free = Box<dyn Fn() -> io::Result<u64> + Send>;
+pub(super) type Free = Arc<dyn Fn() -> io::Result<u64> + Send + Sync>;
 
 /// A store in a directory of its own.
 pub struct DiskStore {
@@ -75,6 +119,8 @@ pub struct DiskStore {
     durability: Durability,
     free: Free,
     failed: Option<StoreError>,
+    /// Ended first.
+    upkeep: Upkeep,
     spaces: [Keyspace; Space::ALL.len()],
     engine: Database,
 }
@@ -90,7 +136,7 @@ impl DiskStore {
     /// else, such as a directory that can't be written to.
     pub fn open(path: &Path, durability: Durability) -> Result<Self, StoreError> {
         let watched = path.to_owned();
-        Self::open_with(path, durability, Box::new(move || free_bytes(&watched)))
+        Self::open_with(path, durability, Arc::new(move || free_bytes(&watched)))
     }
 
     fn open_with(path: &Path, durability: Durability, free: Free) -> Result<Self, StoreError> {
@@ -100,7 +146,9 @@ impl DiskStore {
         let active = vet(path, durability)?;
         let engine = open_engine(path).or_else(|error| without_last_batch(path, &active, error))?;
         let spaces = open_spaces(&engine).map_err(|error| unreadable(path, error))?;
-        Ok(Self { path: path.to_owned(), durability, free, failed: None, spaces, engine })
+        let upkeep = Upkeep::start(engine.clone(), spaces.to_vec(), Arc::clone(&free))
+            .map_err(|error| unusable(path, &error))?;
+        Ok(Self { path: path.to_owned(), durability, free, failed: None, upkeep, spaces, engine })
     }
 
     fn space(&self, space: Space) -> &Keyspace {
@@ -125,10 +173,13 @@ impl DiskStore {
             self.engine.persist(PersistMode::Buffer).map_err(failed)?;
             let is_behind = |space: &Keyspace| {
                 space.tree.sealed_memtable_count() >= MAX_SEALED
-                    || space.tree.l0_run_count() >= MAX_OVERLAPPING
+                    || space.tree.l0_run_count() >= MAX_PILED_UP
             };
             if !self.spaces.iter().any(is_behind) {
                 return Ok(());
+            }
+            if self.upkeep.has_ended() {
+                return Err(StoreError::Failed { what: "a merge has failed, see the log".into() });
             }
             std::thread::sleep(LOOK_AGAIN);
         }
@@ -169,10 +220,12 @@ impl Store for DiskStore {
         if batch.is_empty() {
             return Ok(());
         }
-        let removes_only = batch.iter().all(|change| matches!(change, Change::Remove { .. }));
-        self.check_room(batch.iter().map(|change| change.bytes() as u64).sum(), removes_only)?;
+        let removes = batch.iter().filter(|change| matches!(change, Change::Remove { .. })).count();
+        let bytes = batch.iter().map(|change| change.bytes() as u64).sum();
+        self.check_room(bytes, removes == batch.len())?;
         let outcome = self.wait_for_workers().and_then(|()| self.write(batch));
         self.failed = outcome.as_ref().err().cloned();
+        self.upkeep.removed(removes);
         outcome
     }
 
@@ -278,13 +331,16 @@ fn open_engine(path: &Path) -> Result<Database, fjall::Error> {
     catch_unwind(AssertUnwindSafe(|| builder.open())).unwrap_or(Err(fjall::Error::Unrecoverable))
 }
 
+/// How tables are merged.
+pub(super) fn strategy() -> Arc<Leveled> {
+    Arc::new(Leveled::default().with_l0_threshold(MERGE_AT).with_table_target_size(TABLE_BYTES))
+}
+
 fn open_spaces(engine: &Database) -> Result<[Keyspace; Space::ALL.len()], fjall::Error> {
     let options = || {
-        let strategy =
-            Leveled::default().with_l0_threshold(MERGE_AT).with_table_target_size(TABLE_BYTES);
         KeyspaceCreateOptions::default()
             .max_memtable_size(MEMORY_TABLE_BYTES)
-            .compaction_strategy(Arc::new(strategy))
+            .compaction_strategy(strategy())
     };
     let [entries, meta, log] = Space::ALL.map(|space| engine.keyspace(space.name(), options));
     Ok([entries?, meta?, log?])
@@ -354,3 +410,7 @@ fn unreadable(path: &Path, error: fjall::Error) -> StoreError {
 fn failed(error: fjall::Error) -> StoreError {
     StoreError::Failed { what: error.to_string() }
 }
+
+#[cfg(test)]
+#[path = "disk_tests.rs"]
+mod tests;

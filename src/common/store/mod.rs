@@ -98,11 +98,17 @@
 //!   synced.
 //! - Damage is accidental. The checksums are no protection against somebody who
 //!   writes to the files.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "the store is a shell: it waits for the disk"
+)]
 
 pub mod committer;
 pub mod disk;
 mod journal;
 pub mod memory;
+mod upkeep;
 
 use std::fmt;
 use std::path::PathBuf;

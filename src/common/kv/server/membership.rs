@@ -138,7 +138,13 @@ impl<T> Server<T> {
             Err(ViewError::Refused(refusal)) => {
                 out.push(Effect::Note(format!("the viewleader refuses the heartbeat: {refusal}")));
             }
-            Ok(HeartbeatReply { status: Beat::Ok, epoch, lease_ms: Some(lease_ms), revision, .. }) => {
+            Ok(HeartbeatReply {
+                status: Beat::Ok,
+                epoch,
+                lease_ms: Some(lease_ms),
+                revision,
+                ..
+            }) => {
                 if !self.joined {
                     out.push(Effect::Note(format!("joined in {}", epoch.unwrap_or_default())));
                     self.joined = true;
