@@ -378,11 +378,17 @@ impl Cluster {
         }
     }
 
-    /// Lets the first `count` of what waits through.
-    pub(crate) fn deliver(&mut self, from: Party, to: Party, count: usize) {
+    /// Lets up to `count` messages through of those that wait and have `words` in
+    /// them.
+    pub(crate) fn deliver(&mut self, from: Party, to: Party, count: usize, words: &str) {
         let Some(waiting) = self.network.waiting(from, to) else { return };
-        let count = count.min(waiting.len());
-        for (lane, parcel) in waiting.drain(..count).collect::<Vec<_>>() {
+        let (mut through, mut rest) = (Vec::new(), Vec::new());
+        for (lane, parcel) in std::mem::take(waiting) {
+            let is_wanted = through.len() < count && parcel.words.contains(words);
+            if is_wanted { &mut through } else { &mut rest }.push((lane, parcel));
+        }
+        *waiting = rest;
+        for (lane, parcel) in through {
             self.at(self.now, Event::Arrival { from, to, lane, parcel });
         }
     }

@@ -13,11 +13,13 @@
 //! | `hold s1 s2`, `release s1 s2` | from now on what s1 sends to s2 waits; no more |
 //! | `hold s1 viewleader views` | only that of calls of this kind: `beats`, `views`, `reports` |
 //! | `held s1 s2`, `deliver s1 s2 [N]`, `duplicate s1 s2`, `drop s1 s2` | what waits: show it; let it (the first N) through; twice over; lose it |
+//! | `deliver s1 s2 page` | let through what has that word in it |
 //! | `hold s1 disk`, `release s1 disk` | what s1 writes does not reach its disk; now it does |
 //! | `cut s1`, `heal s1` | lose everything from and to s1; no more |
 //! | `kill s1`, `pause s1`, `resume s1` | the process; the name may be `viewleader` |
 //! | `start viewleader` | again over its disk |
 //! | `replace_viewleader` | by one that remembers nothing |
+//! | `drain s1` | the viewleader is told that s1 is to leave |
 //! | `groups [KEY]` | the view, or the group of a key |
 //! | `keys s1` | what s1 holds, sorted |
 //! | `disk s1` | what is on its disk, sorted |
@@ -99,6 +101,10 @@ impl ServersScript {
             "cut" => self.cluster.cut_off(self.one(command)?),
             "heal" => self.cluster.heal(self.one(command)?),
             "replace_viewleader" => self.cluster.replace_viewleader(),
+            "drain" => match self.one(command)? {
+                Party::Server(server) => self.cluster.drain(server),
+                Party::Viewleader => return Err("the viewleader can't leave".into()),
+            },
             "disk" => return self.disk(self.one(command)?),
             "show" => match exactly(command)? {
                 ["groups"] => self.cluster.trace.with_groups = true,
@@ -140,7 +146,9 @@ impl ServersScript {
             (None, None) => (new, None),
             _ => return Err("a server starts over its own disk, or on another's address".into()),
         };
-        cluster.start(Start { name, host, disk, seed: seed(name), clock: Clock::default() });
+        // Who is started again and must be somebody else draws other numbers.
+        let seed = seed(name) + if disk.is_some() { u64::from(new) << 32 } else { 0 };
+        cluster.start(Start { name, host, disk, seed, clock: Clock::default() });
         Ok(())
     }
 
@@ -210,8 +218,11 @@ impl ServersScript {
             ("hold", ["views"]) => cluster.hold(from, to, Some(Lane::View)),
             ("hold", ["reports"]) => cluster.hold(from, to, Some(Lane::Report)),
             ("release", []) => cluster.release(from, to),
-            ("deliver", []) => cluster.deliver(from, to, usize::MAX),
-            ("deliver", [count]) => cluster.deliver(from, to, count.parse()?),
+            ("deliver", []) => cluster.deliver(from, to, usize::MAX, ""),
+            ("deliver", [what]) => match what.parse() {
+                Ok(count) => cluster.deliver(from, to, count, ""),
+                Err(_) => cluster.deliver(from, to, usize::MAX, what),
+            },
             ("duplicate", []) => cluster.duplicate(from, to),
             ("drop", []) => cluster.drop_waiting(from, to),
             ("held", []) => {
