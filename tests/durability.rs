@@ -663,36 +663,3 @@ fn a_full_disk_refuses_writes_and_serves_reads_until_there_is_room() {
     // The disk goes after the server that is on it.
     nodes.kill(full);
 }
-
-#[test]
-fn a_server_with_a_full_disk_can_be_drained() {
-    let mut nodes = Nodes::start(3, SHORT_LEASE);
-    let small = nodes.data().join("small");
-    let Some(_disk) = Tmpfs::mount(small.clone(), 400 * MIB) else { return };
-    let full = nodes.add(small.join("server"), &[]);
-    nodes.wait_until_at_rest();
-    let keys = pairs("key", 200);
-    write_all(nodes.at(0), &keys);
-    let ballast = small.join("ballast");
-    let filled = Command::new("fallocate").args(["-l", "200M"]).arg(&ballast).status();
-    assert!(filled.unwrap().success());
-    // Some writes find the disk full: they are refused or in doubt.
-    let at = nodes.at(0);
-    let mut connection = Connection::open(at).unwrap();
-    for (key, value) in rewritten(&keys, "in doubt") {
-        connection.send(&frame(setr(&key, &value).to_string().as_bytes()));
-    }
-    wait_until("it is known to be full", PATIENCE, || {
-        nodes.ask("status")["servers"].to_string().contains("\"full\"").then_some(())
-    });
-    call(nodes.leader(), &json!({"cmd": "drain", "server": nodes.at(full)})).value();
-    let ended = within(PATIENCE, || {
-        view_of(nodes.leader())?.own_members().all(|m| m.address != nodes.at(full)).then_some(())
-    });
-    let status = nodes.ask("status");
-    assert!(ended.is_some(), "the error says \"make room there or drain it\": {status}");
-    let ended = nodes.try_until_ended(full);
-    assert_eq!(ended.and_then(|finished| finished.code), Some(0));
-    nodes.wait_until_at_rest();
-    insist_on(nodes.at(0), &rewritten(&keys, "newest"));
-}

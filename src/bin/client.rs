@@ -152,7 +152,7 @@ enum Asked {
     /// Let a server leave: its data is moved elsewhere first, then its program ends
     Drain {
         /// Where the server listens, as `query_servers` lists it
-        #[arg(value_name = "IP:PORT")]
+        #[arg(id = "leaving", value_name = "IP:PORT")]
         server: SocketAddrV4,
     },
     /// Print the completions of a shell: `client completions bash >> ~/.bashrc`

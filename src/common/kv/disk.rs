@@ -12,7 +12,7 @@
 use super::ring::{Arc, Point};
 use super::{Entry, Text, Version};
 use crate::store::{Change, Space, Store, StoreError};
-use crate::view::Revision;
+use crate::view::{Revision, Start};
 use crate::wire::Identity;
 use byteorder::{BigEndian, ByteOrder};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,10 @@ const IDENTITY: &[u8] = b"identity";
 
 /// What the keys of seats begin with in [`Space::Meta`].
 const SEAT: &[u8] = b"seat/";
+
+/// How many of its starts a disk remembers. More than can be made in vain between
+/// two that reach a viewleader, one hopes: beyond it the server is a newcomer.
+pub const MAX_LINEAGE: usize = 64;
 
 /// One thing to be kept, or to be kept no more.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,6 +84,10 @@ pub struct Person {
     pub formerly: Option<Identity>,
     /// How many times a server was started over this disk.
     pub starts: u64,
+    /// The latest of these starts, the present one last. By them the viewleader
+    /// tells the disk that a member wrote last from an old copy of it.
+    #[serde(default)]
+    pub lineage: Vec<Start>,
     /// Whether everything that was acknowledged since was synced: a server whose
     /// durability was weaker may have lost some.
     pub synced: bool,

@@ -67,6 +67,9 @@ pub struct Heartbeat {
     /// Ours: which start of the server this is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Start>,
+    /// Ours: the starts before this one over the same disk, the latest ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lineage: Vec<Start>,
     /// Ours, from a server that joins: the identity under which what is on its
     /// disk was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -100,7 +103,7 @@ pub struct Report {
     /// Here the reporter is the primary, and every replica follows the version.
     #[serde(default)]
     pub established: Vec<(Point, Revision)>,
-    /// What the reporter has fetched from others since it was started.
+    /// What the reporter has fetched from others since its last report.
     #[serde(default)]
     pub progress: Progress,
 }

@@ -90,9 +90,8 @@ pub struct Member {
     pub leaving: bool,
 }
 
-/// One start of a server, as counted in its data directory. An old copy of the
-/// directory counts less than it should; two copies that count the same differ
-/// in the number that each drew.
+/// One start of a server over its data directory. An old copy of the directory
+/// does not know of the starts after it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// How many starts there have been over this directory.
@@ -131,6 +130,8 @@ pub struct Holder {
     pub id: Identity,
     /// Where it listened.
     pub address: SocketAddrV4,
+    /// Which of its starts it was then: an older copy of its disk does not count.
+    pub start: Option<Start>,
 }
 
 /// A replica's place in a group.

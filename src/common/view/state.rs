@@ -51,6 +51,8 @@ pub enum Change {
     Join {
         /// The server.
         member: Member,
+        /// The starts over its disk before this one.
+        lineage: Vec<Start>,
         /// Who wrote what is on its disk.
         formerly: Option<Identity>,
     },
@@ -119,6 +121,8 @@ pub enum Outcome {
     Full,
     /// There is no such member.
     Unknown,
+    /// It is the last one that stays: there is nowhere to move its data to.
+    Last,
     /// What came of asking for a lock.
     Lock(Grant),
 }
@@ -159,7 +163,9 @@ impl State {
     /// Applies `change`. One that can't be applied any more changes nothing.
     pub fn apply(&mut self, change: Change) -> Outcome {
         match change {
-            Change::Join { member, formerly } => return self.join(member, formerly.as_ref()),
+            Change::Join { member, lineage, formerly } => {
+                return self.join(member, &lineage, formerly.as_ref());
+            }
             Change::Restart { id, start } => self.restart(&id, start),
             Change::Move { id, address } => self.move_to(&id, address),
             Change::Expel(ids) => self.expel(&ids),
@@ -180,7 +186,7 @@ impl State {
     }
 
     /// Takes `member` in: a new epoch, and arcs split at its place.
-    fn join(&mut self, member: Member, formerly: Option<&Identity>) -> Outcome {
+    fn join(&mut self, member: Member, lineage: &[Start], formerly: Option<&Identity>) -> Outcome {
         if self.is_denied(&member.id) {
             return Outcome::Denied;
         }
@@ -201,7 +207,7 @@ impl State {
         if dialect == Dialect::Ringleader {
             self.split_at(hash, &id);
             if let Some(formerly) = formerly {
-                self.find_again(formerly, &id);
+                self.find_again(formerly, lineage, &id);
             }
         }
         Outcome::Done
@@ -239,10 +245,15 @@ impl State {
     }
 
     fn drain(&mut self, address: SocketAddrV4) -> Outcome {
+        let others = self.view.own_members().filter(|member| member.address != address);
+        let stays = others.filter(|member| !member.leaving).count();
         let member = self.view.members.iter_mut().find(|member| member.address == address);
         let Some(member) = member.filter(|member| member.dialect == Dialect::Ringleader) else {
             return Outcome::Unknown;
         };
+        if stays == 0 {
+            return Outcome::Last;
+        }
         if !member.leaving {
             member.leaving = true;
             self.next_epoch();
@@ -333,10 +344,13 @@ impl State {
 
     /// `id` has joined over the disk of `formerly`: where that was among the last
     /// holders of a lost group, the group goes on with it.
-    fn find_again(&mut self, formerly: &Identity, id: &Identity) {
+    fn find_again(&mut self, formerly: &Identity, lineage: &[Start], id: &Identity) {
         let version = self.view.revision;
+        let wrote_it = |holder: &Holder| {
+            holder.id == *formerly && holder.start.is_some_and(|start| lineage.contains(&start))
+        };
         for group in self.view.groups.iter_mut().filter(|group| group.is_lost()) {
-            if group.held_by.iter().any(|holder| holder.id == *formerly) {
+            if group.held_by.iter().any(wrote_it) {
                 touch(group, version);
                 group.primary = Some(id.clone());
                 group.replicas = vec![Seat { id: id.clone(), since: version }];
@@ -358,7 +372,11 @@ impl State {
         touch(group, version);
         let was_ready = gone.iter().filter(|member| group.ready.contains(&member.id));
         let holders: Vec<Holder> = was_ready
-            .map(|member| Holder { id: member.id.clone(), address: member.address })
+            .map(|Member { id, address, start, .. }| Holder {
+                id: id.clone(),
+                address: *address,
+                start: *start,
+            })
             .collect();
         group.replicas.retain(|seat| !is_gone(&seat.id));
         group.ready.retain(|id| !is_gone(id));

@@ -68,7 +68,7 @@ impl<T> Server<T> {
         let bytes: usize = page.entries.iter().map(Entry::bytes).sum();
         self.moved.keys += page.entries.len() as u64;
         self.moved.bytes += bytes as u64;
-        self.fetch_at = now + page_time(bytes, self.settings.fetch_rate);
+        self.fetch_at = self.fetch_at.max(now) + page_time(bytes, self.settings.fetch_rate);
         // First what is news: it replaces what was held. Then the rest of what was
         // held is right, or gone.
         for entry in page.entries {

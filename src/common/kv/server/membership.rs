@@ -52,15 +52,16 @@ impl<T> Server<T> {
                 lease_ms: Some(lease.as_millis() as u64),
                 seen: Some(self.view.revision.max(self.not_before)),
                 start: Some(Start { count: self.person.starts, drawn }),
+                lineage: self.person.lineage.clone(),
                 formerly: self.person.formerly.clone(),
                 full: !self.has_room,
             })));
         }
         if due(self.agenda.report) {
+            self.telling = self.progress();
             let report = self.report(id);
-            let is_news = report.progress != self.reported;
+            let is_news = self.telling != self.told;
             if !report.ready.is_empty() || !report.established.is_empty() || is_news {
-                self.reported = report.progress;
                 self.agenda.report = None;
                 out.push(Effect::CallView(ViewCall::Report(report)));
             }
@@ -78,10 +79,16 @@ impl<T> Server<T> {
             ready: news(|r| r.fetched == Fetched::All && !r.counted_ready),
             established: news(|r| r.is_serving() && r.all_follow() && !r.counted_established),
             progress: Progress {
-                left: self.replicas.values().map(|replica| replica.left).sum(),
-                ..self.moved
+                keys: self.telling.keys - self.told.keys,
+                bytes: self.telling.bytes - self.told.bytes,
+                needed: self.telling.needed - self.told.needed,
+                left: self.telling.left,
             },
         }
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { left: self.replicas.values().map(|replica| replica.left).sum(), ..self.moved }
     }
 
     /// Takes what a call to the viewleader has brought.
@@ -104,7 +111,11 @@ impl<T> Server<T> {
                     self.choose_identity(&View::default());
                 }
             }
-            ViewNews::Report(_) => self.agenda.report = Some(now + REPORT_AGAIN),
+            ViewNews::Report(Ok(())) => {
+                self.told = self.telling;
+                self.agenda.report = Some(now + REPORT_AGAIN);
+            }
+            ViewNews::Report(Err(_)) => self.agenda.report = Some(now + REPORT_AGAIN),
         }
         self.call_viewleader(now, out);
     }
@@ -162,7 +173,7 @@ impl<T> Server<T> {
             }
             Ok(HeartbeatReply { status: Beat::Retry, .. }) => {
                 out.push(Effect::Note(format!(
-                    "another server holds a lease on {}: waiting for it to run out",
+                    "not yet: there is a lease on {} that has to run out first",
                     self.settings.address
                 )));
             }

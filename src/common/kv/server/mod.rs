@@ -297,9 +297,11 @@ pub struct Server<T> {
     has_room: bool,
     /// No page is asked for before.
     fetch_at: Time,
-    /// What it has fetched from others so far, and what of it was reported.
+    /// What it has fetched from others so far; what of it the viewleader knows, and
+    /// what the report that is under way tells.
     moved: Progress,
-    reported: Progress,
+    told: Progress,
+    telling: Progress,
     following: Following,
     /// The viewleader has taken it in under its present identity.
     joined: bool,
@@ -344,7 +346,8 @@ impl<T> Server<T> {
             has_room: true,
             fetch_at: Time::default(),
             moved: Progress::default(),
-            reported: Progress::default(),
+            told: Progress::default(),
+            telling: Progress::default(),
             following: Following::Nobody,
             joined: false,
             leaving: false,

@@ -436,7 +436,7 @@ impl<T> Server<T> {
                 let server = server.map_or_else(|| "a server".to_owned(), |it| it.to_string());
                 Reply::Refused(Refusal::unavailable(format!(
                     "nothing was written: the disk of {server}, which holds the key, is full; \
-                     make room there or drain it"
+                     make room there, or stop that server"
                 )))
             }
             _ => return out.push(Effect::Close { to }),

@@ -1,13 +1,13 @@
 //! What is kept on the disk, and what waits until it is there.
 
 use super::{Effect, Effects, Server, Then};
-use crate::kv::disk::{Person, Record, Recovered};
+use crate::kv::disk::{MAX_LINEAGE, Person, Record, Recovered};
 use crate::kv::messages::Reply;
 use crate::kv::replica::{Fellows, Fetched, Pending, Replica};
 use crate::kv::ring::Point;
 use crate::kv::{Entry, Text, Version};
 use crate::machine::Time;
-use crate::view::Revision;
+use crate::view::{Revision, Start};
 use std::collections::BTreeMap;
 
 impl<T> Server<T> {
@@ -68,6 +68,10 @@ impl<T> Server<T> {
         }
         self.person = person;
         self.person.starts += 1;
+        let start = Start { count: self.person.starts, drawn: self.settings.drawn };
+        self.person.lineage.push(start);
+        let surplus = self.person.lineage.len().saturating_sub(MAX_LINEAGE);
+        self.person.lineage.drain(..surplus);
         self.person.synced = self.settings.synced;
         self.keep_person();
     }

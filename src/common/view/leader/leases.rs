@@ -69,14 +69,20 @@ impl<T> Leader<T> {
         let id = beat.requestor.clone();
         let member = self.view().member(&id);
         let is_copy = match (member.and_then(|member| member.start), beat.start) {
-            // An old copy of a data directory, or two processes over copies.
-            (Some(known), Some(start)) => start != known && start.count <= known.count,
+            // Neither the process that is known nor one after it: an old copy of a
+            // data directory, or two processes over copies.
+            (Some(known), Some(start)) => start != known && !beat.lineage.contains(&known),
             _ => false,
         };
         // A lease that has run out is over, even while others are waited for.
         let is_over = self.leases.get(&id).is_some_and(|end| *end <= now);
-        let denied =
-            self.state.is_denied(&id) || self.expelling.contains(&id) || is_over || is_copy;
+        let is_going = self.expelling.contains(&id) || is_over;
+        if is_going && beat.lease_ms.is_some() {
+            // It comes again when it has been put out, and then brings what it holds.
+            let reply = self.beat_reply(Beat::Retry, &beat);
+            return effects.push(Effect::Reply { to, reply });
+        }
+        let denied = self.state.is_denied(&id) || is_going || is_copy;
         if denied {
             let reply = self.beat_reply(Beat::Deny, &beat);
             return effects.push(Effect::Reply { to, reply });
@@ -111,6 +117,7 @@ impl<T> Leader<T> {
                     full: beat.full,
                     leaving: false,
                 },
+                lineage: beat.lineage.clone(),
                 formerly: beat.formerly.clone(),
             },
             Some(_) if self.view().members.iter().any(|m| m.address == address && m.id != id) => {

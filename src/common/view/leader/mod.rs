@@ -153,7 +153,7 @@ pub struct Leader<T> {
     last_worker: u64,
     /// The revision at which groups were last let advance.
     advanced: Revision,
-    /// What each server says that it has fetched since it was started.
+    /// What each server has reported last of what it fetches.
     progress: BTreeMap<Identity, Progress>,
     rebalance: Rebalance,
 }
@@ -426,6 +426,9 @@ fn outcome_reply(outcome: Outcome) -> ViewReply {
     match outcome {
         Outcome::Lock(grant) => grant_reply(grant),
         Outcome::Unknown => ViewReply::status("unknown"),
+        Outcome::Last => ViewReply::Refused(Refusal::invalid(
+            "it is the last server that stays: start another one first",
+        )),
         _ => ViewReply::status("ok"),
     }
 }

@@ -110,11 +110,11 @@ impl<T> Leader<T> {
         if self.view().member(id).is_none() {
             return;
         }
-        let before = self.progress.insert(id.clone(), now).unwrap_or_default();
+        self.progress.insert(id.clone(), now);
         let moved = &mut self.rebalance.moved;
-        moved.keys += now.keys.saturating_sub(before.keys);
-        moved.bytes += now.bytes.saturating_sub(before.bytes);
-        moved.needed += now.needed.saturating_sub(before.needed);
+        moved.keys += now.keys;
+        moved.bytes += now.bytes;
+        moved.needed += now.needed;
     }
 
     pub(super) fn rebalance_status(&self, now: Time) -> RebalanceStatus {
