@@ -3,7 +3,7 @@
 //! | command | meaning |
 //! |---|---|
 //! | `at 12s` | the clock shows this, until it is set again |
-//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [formerly=ID]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
+//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [lineage=N_..] [formerly=ID]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
 //! | `query_servers`, `lock_get LOCK ID`, `lock_release LOCK ID` | the original's |
 //! | `query_view [after=N] [wait=10s]` | ours; its answer is shown as `view REVISION`, or as it is with the tag `[json]` |
 //! | `report ID [ready=ARC[@N]] [established=ARC[@N]]` | ARC is the identity at which the arc starts, N the group's version: unless told otherwise, the one it has |
@@ -147,10 +147,12 @@ impl ViewleaderScript {
                 if let Some(seen) = number("seen")? {
                     request["seen"] = seen.into();
                 }
-                if let Some(start) = option(command, "start") {
-                    let (count, drawn) = start.split_once('-').unwrap_or((start, "0"));
-                    let (count, drawn): (u64, u64) = (count.parse()?, drawn.parse()?);
-                    request["start"] = json!({"count": count, "drawn": drawn});
+                if let Some(text) = option(command, "start") {
+                    request["start"] = start(text)?;
+                }
+                if let Some(starts) = option(command, "lineage") {
+                    let starts: Result<Vec<_>, _> = starts.split('_').map(start).collect();
+                    request["lineage"] = starts?.into();
                 }
                 if let Some(formerly) = option(command, "formerly") {
                     request["formerly"] = identity(formerly);
@@ -295,6 +297,13 @@ fn show(reply: &ViewReply, as_json: bool) -> String {
 /// An identity as JSON: a number if it reads as one, letter by letter.
 fn identity(text: &str) -> Value {
     text.parse::<serde_json::Number>().map_or_else(|_| text.into(), Value::Number)
+}
+
+/// `5-17`: the fifth start, which drew the number 17; `5` drew 0.
+fn start(text: &str) -> Result<Value, Box<dyn std::error::Error>> {
+    let (count, drawn) = text.split_once('-').unwrap_or((text, "0"));
+    let (count, drawn): (u64, u64) = (count.parse()?, drawn.parse()?);
+    Ok(json!({"count": count, "drawn": drawn}))
 }
 
 /// `ARC@N`: version N of the group whose arc starts where the identity ARC
