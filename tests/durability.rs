@@ -27,8 +27,8 @@ use support::keys::{
     assert_all, assert_readable, getr, pairs, setr, value_of, wait_until_placed, write_all,
 };
 use support::nodes::{Nodes, copy_folder, is_long};
-use support::process::{PATIENCE, run, wait_until, within};
-use support::systems::{Listing, our_client, view_of};
+use support::process::{PATIENCE, run, wait_until};
+use support::systems::{Listing, our_client};
 use support::traffic::Traffic;
 use support::wire::{Connection, Reply, call, frame};
 

@@ -124,6 +124,7 @@ enum Event {
     Arrival { from: Party, to: Party, lane: Lane, parcel: Parcel },
     Ended { rpc: Rpc, error: CallError },
     Stored { party: Party, life: usize, number: u64 },
+    Room { at: usize, is_room: bool },
     FromClient { at: usize, client: ClientId, body: Vec<u8> },
 }
 
@@ -429,6 +430,19 @@ impl Cluster {
         }
     }
 
+    /// The server's disk has no room: nothing that it writes is stored, and it is
+    /// told so.
+    pub(crate) fn fill_disk(&mut self, server: usize) {
+        self.hold_disk(Party::Server(server));
+        self.handle(Event::Room { at: server, is_room: false });
+    }
+
+    /// The server's disk has room again.
+    pub(crate) fn clear_disk(&mut self, server: usize) {
+        self.handle(Event::Room { at: server, is_room: true });
+        self.release_disk(Party::Server(server));
+    }
+
     /// A client sends `body` to a server and waits.
     pub(crate) fn ask(&mut self, server: usize, body: &serde_json::Value) -> ClientId {
         self.last_client.0 += 1;
@@ -522,7 +536,7 @@ impl Cluster {
             Event::Arrival { to, .. } => Some(*to),
             Event::Ended { rpc, .. } => self.calls.get(rpc).map(|call| Party::Server(call.caller)),
             Event::Stored { party, life, .. } => (self.life(*party) == *life).then_some(*party),
-            Event::FromClient { at, .. } => Some(Party::Server(*at)),
+            Event::FromClient { at, .. } | Event::Room { at, .. } => Some(Party::Server(*at)),
         }
     }
 

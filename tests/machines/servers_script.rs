@@ -15,6 +15,7 @@
 //! | `held s1 s2`, `deliver s1 s2 [N]`, `duplicate s1 s2`, `drop s1 s2` | what waits: show it; let it (the first N) through; twice over; lose it |
 //! | `deliver s1 s2 page` | let through what has that word in it |
 //! | `hold s1 disk`, `release s1 disk` | what s1 writes does not reach its disk; now it does |
+//! | `fill s1`, `clear s1` | its disk has no room; now it has |
 //! | `cut s1`, `heal s1` | lose everything from and to s1; no more |
 //! | `kill s1`, `pause s1`, `resume s1` | the process; the name may be `viewleader` |
 //! | `start viewleader` | again over its disk |
@@ -101,6 +102,11 @@ impl ServersScript {
             "cut" => self.cluster.cut_off(self.one(command)?),
             "heal" => self.cluster.heal(self.one(command)?),
             "replace_viewleader" => self.cluster.replace_viewleader(),
+            "fill" | "clear" => match self.one(command)? {
+                Party::Server(server) if command.name == "fill" => self.cluster.fill_disk(server),
+                Party::Server(server) => self.cluster.clear_disk(server),
+                Party::Viewleader => return Err("only servers' disks can be full".into()),
+            },
             "drain" => match self.one(command)? {
                 Party::Server(server) => self.cluster.drain(server),
                 Party::Viewleader => return Err("the viewleader can't leave".into()),

@@ -99,6 +99,7 @@ impl Cluster {
                     }
                 }
             }
+            Event::Room { at, is_room } => self.step_server(at, server::Input::Room(is_room)),
             Event::FromClient { at, client, body } => match Request::decode(&body) {
                 Ok(request) => {
                     let words = trace::request(&self.names, &request);

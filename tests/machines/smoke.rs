@@ -2,8 +2,8 @@
 //!
 //! Everything about a run comes from its seed. It has three phases. In the first
 //! one, clients write and read while servers and the viewleader crash and are
-//! started again, stand still, are cut off, join, are told to leave, or are lost
-//! with their disks; the [`Oracle`] watches what clients see. In the second,
+//! started again, stand still, are cut off, run out of disk, join, are told to leave,
+//! or are lost with their disks; the [`Oracle`] watches what clients see. In the second,
 //! everything that was there is there again and runs undisturbed: it must come to
 //! rest, with every key on exactly the servers of its target, on their disks as
 //! well, and readable from each server. In the third, which some runs have, all of
@@ -92,6 +92,8 @@ enum Fault {
     Pause,
     /// A server is cut off for a while, and does not know it.
     Cut,
+    /// A server's disk has no room for a while.
+    Fill,
     /// A server is added.
     Join,
     /// A server is told to leave.
@@ -128,6 +130,7 @@ enum Trouble {
     Down,
     Paused,
     Cut,
+    Full,
 }
 
 struct Run {
@@ -322,7 +325,8 @@ impl Run {
             8..9 => Fault::Replace,
             9..12 => Fault::Pause,
             12..15 => Fault::Cut,
-            15..20 => Fault::Join,
+            15..16 => Fault::Fill,
+            16..20 => Fault::Join,
             20..21 => Fault::Drain,
             21..23 => Fault::CrashViewleader,
             _ => Fault::PauseViewleader,
@@ -352,6 +356,10 @@ impl Run {
             Fault::Cut if is_free => {
                 self.cluster.cut_off(party);
                 self.is_in_trouble_for(party, Trouble::Cut, span);
+            }
+            Fault::Fill if is_free => {
+                self.cluster.fill_disk(victim);
+                self.is_in_trouble_for(party, Trouble::Full, span);
             }
             Fault::Drain if self.count() > 3 && self.cluster.has_viewleader() => {
                 self.cluster.drain(victim);
@@ -390,6 +398,8 @@ impl Run {
                 (Trouble::Down, Party::Server(server)) => self.start_again(server),
                 (Trouble::Paused, _) => self.cluster.resume(party),
                 (Trouble::Cut, _) => self.cluster.heal(party),
+                (Trouble::Full, Party::Server(server)) => self.cluster.clear_disk(server),
+                (Trouble::Full, Party::Viewleader) => {}
             }
         }
     }
