@@ -128,7 +128,8 @@ pub struct DiskStore {
 impl DiskStore {
     /// Opens the store in the directory `path`, which is made if it isn't there.
     /// Nothing else may be in it, nor in `path` with `.new` appended, where a new
-    /// store is made before it is moved into place.
+    /// store is made before it is moved into place; so `path` can't be a mount
+    /// point itself.
     ///
     /// # Errors
     /// [`StoreError::InUse`], [`StoreError::Damaged`], [`StoreError::Full`] when
@@ -200,10 +201,7 @@ impl DiskStore {
                 Change::Remove { space, key } => writes.remove(self.space(*space), &**key),
             }
         }
-        // A worker that panicked has left its locks poisoned.
-        catch_unwind(AssertUnwindSafe(|| writes.commit()))
-            .unwrap_or(Err(fjall::Error::Poisoned))
-            .map_err(failed)
+        writes.commit().map_err(failed)
     }
 }
 
@@ -223,7 +221,10 @@ impl Store for DiskStore {
         let removes = batch.iter().filter(|change| matches!(change, Change::Remove { .. })).count();
         let bytes = batch.iter().map(|change| change.bytes() as u64).sum();
         self.check_room(bytes, removes == batch.len())?;
-        let outcome = self.wait_for_workers().and_then(|()| self.write(batch));
+        let write = || self.wait_for_workers().and_then(|()| self.write(batch));
+        // A worker that panicked has left its locks poisoned.
+        let outcome = catch_unwind(AssertUnwindSafe(write))
+            .unwrap_or_else(|_| Err(failed(fjall::Error::Poisoned)));
         self.failed = outcome.as_ref().err().cloned();
         self.upkeep.removed(removes);
         outcome
@@ -397,7 +398,10 @@ fn unreadable(path: &Path, error: fjall::Error) -> StoreError {
             // Files that are cut or gone.
             if !matches!(
                 error.kind(),
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound | io::ErrorKind::InvalidData
+                io::ErrorKind::UnexpectedEof
+                    | io::ErrorKind::NotFound
+                    | io::ErrorKind::InvalidData
+                    | io::ErrorKind::InvalidInput
             ) =>
         {
             unusable(path, &error)

@@ -16,7 +16,7 @@
 //!    after a crash of the process, of the system, or a loss of power.
 //! 3. *Never wrong.* What was damaged on the disk is refused by name
 //!    ([`StoreError::Damaged`]); it is never read as something else, as older, or
-//!    as absent. (The one exception is under "Torn or damaged".)
+//!    as absent. (The exceptions are under "Torn or damaged".)
 //! 4. *Full is not broken.* While the disk has no room, commits are refused with
 //!    [`StoreError::Full`] *before* anything is written; reads go on, and commits
 //!    succeed again as soon as there is room, in the same process.
@@ -81,9 +81,16 @@
 //! weaker durability than `always` the system may have written the journal's pages
 //! in any order; then what stands behind the first hole is cut, too.
 //!
-//! The exception: damage within the very last batch looks like a torn one, and is
-//! cut. And a journal that somebody cut off exactly between two batches looks
-//! whole.
+//! What is not noticed:
+//!
+//! - Damage within the very last batch looks like a torn one, and is cut. A
+//!   journal that somebody cut off exactly between two batches looks whole.
+//! - The lists of tables (`v9`, some hundred bytes for each space) have a checksum
+//!   that the engine writes and does not look at. Most damage there makes no sense
+//!   and is refused; of 81 flipped bits two read as something else.
+//!
+//! With less than `always`, a power failure can leave a hole within a large value
+//! of a batch that is not the last one; that is refused as damaged, too.
 //!
 //! # Assumptions about the medium
 //!
@@ -92,8 +99,10 @@
 //!   one with its cache set to "unsafe", voids promise 2.
 //! - A write that was not synced may be there after a crash, in part, in any
 //!   order of its pages, or not at all. A page that was not written reads as zeros
-//!   or as its end of the file (a file system in the order "data first", as ext4,
-//!   XFS and Btrfs are by default), not as what another file had there.
+//!   or as the end of the file (as with ext4, XFS and Btrfs by default), not as what
+//!   another file had there.
+//! - A write that fails or is torn does not harm what was durable before it in the
+//!   same page: a journal's last page is written again with the next batch.
 //! - `rename` within a directory is atomic, and durable once the directory is
 //!   synced.
 //! - Damage is accidental. The checksums are no protection against somebody who
