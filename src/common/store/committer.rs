@@ -16,11 +16,10 @@
 
 use super::{Change, Durability, SYNC_INTERVAL, Store, StoreError};
 use crate::net::threads;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -48,14 +47,43 @@ struct Submission<T> {
     tag: T,
 }
 
+/// What waits for the thread. (A channel would do; but a channel's receiver has one
+/// submission at a time, and spins before it sleeps.)
+struct Queue<T> {
+    state: Mutex<Queued<T>>,
+    changed: Condvar,
+}
+
+struct Queued<T> {
+    submissions: VecDeque<Submission<T>>,
+    bytes: usize,
+    /// The thread sleeps, and nobody has woken it yet.
+    is_asleep: bool,
+    /// Nothing more will come.
+    is_closed: bool,
+}
+
+impl<T> Queue<T> {
+    fn state(&self) -> MutexGuard<'_, Queued<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the thread if it sleeps.
+    fn wake(&self, mut state: MutexGuard<'_, Queued<T>>) {
+        let is_asleep = std::mem::take(&mut state.is_asleep);
+        drop(state);
+        if is_asleep {
+            self.changed.notify_one();
+        }
+    }
+}
+
 /// A thread that commits to a store what is submitted to it.
 ///
 /// Dropping it commits and reports everything that is queued, syncs the store,
 /// and closes it. (If the callback itself drops it, that happens afterwards.)
 pub struct Committer<T> {
-    /// Taken when this is dropped.
-    queue: Option<Sender<Submission<T>>>,
-    queued_bytes: Arc<AtomicUsize>,
+    queue: Arc<Queue<T>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -76,19 +104,13 @@ impl<T: Send + 'static> Committer<T> {
         store: S,
         done: impl Fn(Vec<T>, Result<(), StoreError>) + Send + 'static,
     ) -> io::Result<Self> {
-        let (queue, submissions) = bounded(MAX_QUEUED);
-        let queued_bytes = Arc::new(AtomicUsize::new(0));
-        let worker = Worker {
-            store,
-            done,
-            submissions,
-            queued_bytes: Arc::clone(&queued_bytes),
-            left_over: None,
-            sync_due: None,
-            failed: None,
-        };
+        let (submissions, bytes) = (VecDeque::new(), 0);
+        let state = Queued { submissions, bytes, is_asleep: false, is_closed: false };
+        let queue = Arc::new(Queue { state: Mutex::new(state), changed: Condvar::new() });
+        let own = Arc::clone(&queue);
+        let worker = Worker { store, done, queue: own, sync_due: None, failed: None };
         let thread = threads::start(name, move || worker.run())?;
-        Ok(Self { queue: Some(queue), queued_bytes, thread: Some(thread) })
+        Ok(Self { queue, thread: Some(thread) })
     }
 
     /// Queues `changes`, which are committed all or none. Never blocks. `tag`
@@ -97,24 +119,25 @@ impl<T: Send + 'static> Committer<T> {
     /// # Errors
     /// The changes and the tag, if there is no room for them in the queue.
     pub fn submit(&self, changes: Vec<Change>, tag: T) -> Result<(), (Vec<Change>, T)> {
-        let Some(queue) = &self.queue else { return Err((changes, tag)) };
         let bytes = changes.iter().map(Change::bytes).sum();
-        let before = self.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before > 0 && before.saturating_add(bytes) > MAX_QUEUED_BYTES {
-            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        let mut state = self.queue.state();
+        let is_full = state.submissions.len() >= MAX_QUEUED
+            || state.bytes > 0 && state.bytes.saturating_add(bytes) > MAX_QUEUED_BYTES;
+        if is_full {
             return Err((changes, tag));
         }
-        queue.try_send(Submission { changes, bytes, tag }).map_err(|unsent| {
-            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            let (TrySendError::Full(unsent) | TrySendError::Disconnected(unsent)) = unsent;
-            (unsent.changes, unsent.tag)
-        })
+        state.bytes += bytes;
+        state.submissions.push_back(Submission { changes, bytes, tag });
+        self.queue.wake(state);
+        Ok(())
     }
 }
 
 impl<T> Drop for Committer<T> {
     fn drop(&mut self) {
-        self.queue = None;
+        let mut state = self.queue.state();
+        state.is_closed = true;
+        self.queue.wake(state);
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
         {
@@ -126,10 +149,7 @@ impl<T> Drop for Committer<T> {
 struct Worker<S, T, D> {
     store: S,
     done: D,
-    submissions: Receiver<Submission<T>>,
-    queued_bytes: Arc<AtomicUsize>,
-    /// Taken from the queue, but too large for the group before.
-    left_over: Option<Submission<T>>,
+    queue: Arc<Queue<T>>,
     /// With [`Durability::Interval`], when what was committed must be synced.
     sync_due: Option<Instant>,
     /// Why nothing is committed any more.
@@ -138,51 +158,46 @@ struct Worker<S, T, D> {
 
 impl<S: Store, T, D: Fn(Vec<T>, Result<(), StoreError>)> Worker<S, T, D> {
     fn run(mut self) {
-        while let Some(first) = self.next() {
-            let group = self.gather(first);
+        while let Some(group) = self.next() {
             self.commit(group);
         }
         self.sync();
     }
 
-    /// The next submission, when there is one; none once there are no more.
-    fn next(&mut self) -> Option<Submission<T>> {
-        loop {
-            if self.sync_due.is_some_and(|due| due <= Instant::now()) {
+    /// What is committed together next, when there is something; nothing once there
+    /// is no more.
+    fn next(&mut self) -> Option<Vec<Submission<T>>> {
+        let queue = Arc::clone(&self.queue);
+        let mut state = queue.state();
+        while state.submissions.is_empty() {
+            if state.is_closed {
+                return None;
+            }
+            state.is_asleep = true;
+            let Some(due) = self.sync_due else {
+                state = queue.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let rest = due.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                drop(state);
                 self.sync();
-            }
-            if let Some(left_over) = self.left_over.take() {
-                return Some(left_over);
-            }
-            let Some(due) = self.sync_due else { return self.submissions.recv().ok() };
-            match self.submissions.recv_deadline(due) {
-                Ok(submission) => return Some(submission),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => {}
+                state = queue.state();
+            } else {
+                let waited = queue.changed.wait_timeout(state, rest);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
-    }
-
-    /// What is committed together with `first`: what is queued by now.
-    fn gather(&mut self, first: Submission<T>) -> Vec<Submission<T>> {
-        let mut bytes = first.bytes;
-        let mut group = vec![first];
-        while group.len() < MAX_GROUP
-            && let Ok(submission) = self.submissions.try_recv()
-        {
-            bytes += submission.bytes;
-            if bytes > MAX_GROUP_BYTES {
-                self.left_over = Some(submission);
-                break;
-            }
-            group.push(submission);
+        state.is_asleep = false;
+        let group = gather(&mut state);
+        drop(state);
+        if self.sync_due.is_some_and(|due| due <= Instant::now()) {
+            self.sync();
         }
-        group
+        Some(group)
     }
 
     fn commit(&mut self, mut group: Vec<Submission<T>>) {
-        let bytes = group.iter().map(|submission| submission.bytes).sum();
-        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
         let mut batch = Vec::new();
         let mut lengths = Vec::with_capacity(group.len());
         for submission in &mut group {
@@ -240,6 +255,19 @@ impl<S: Store, T, D: Fn(Vec<T>, Result<(), StoreError>)> Worker<S, T, D> {
     }
 }
 
+/// Takes what is committed together out of the queue.
+fn gather<T>(state: &mut Queued<T>) -> Vec<Submission<T>> {
+    let mut bytes = 0;
+    let fits = |submission: &&Submission<T>| {
+        bytes += submission.bytes;
+        bytes <= MAX_GROUP_BYTES
+    };
+    let count = state.submissions.iter().take(MAX_GROUP).take_while(fits).count().max(1);
+    let group: Vec<_> = state.submissions.drain(..count).collect();
+    state.bytes -= group.iter().map(|submission| submission.bytes).sum::<usize>();
+    group
+}
+
 #[cfg(test)]
 #[allow(
     clippy::disallowed_methods,
@@ -250,7 +278,7 @@ mod tests {
     use super::*;
     use crate::store::Space;
     use crate::store::memory::MemoryStore;
-    use crossbeam_channel::unbounded;
+    use crossbeam_channel::{Receiver, Sender, unbounded};
     use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::time::Duration;
 

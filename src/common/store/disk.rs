@@ -45,7 +45,7 @@
 //! lists of tables, so the time to open does not grow with the data; tables are
 //! checked block by block as they are read.
 
-use super::journal::{self, Active};
+use super::journal;
 use super::upkeep::Upkeep;
 use super::{Change, Durability, Space, Store, StoreError};
 use fjall::compaction::Leveled;
@@ -144,8 +144,8 @@ impl DiskStore {
         if is_empty(path)? {
             make(path)?;
         }
-        let active = vet(path, durability)?;
-        let engine = open_engine(path).or_else(|error| without_last_batch(path, &active, error))?;
+        vet(path, durability)?;
+        let engine = open_engine(path).map_err(|error| unreadable(path, error))?;
         let spaces = open_spaces(&engine).map_err(|error| unreadable(path, error))?;
         let upkeep = Upkeep::start(engine.clone(), spaces.to_vec(), Arc::clone(&free))
             .map_err(|error| unusable(path, &error))?;
@@ -302,8 +302,8 @@ fn make(path: &Path) -> Result<(), StoreError> {
     in_place.map_err(|error| unusable(path, &error))
 }
 
-/// Looks through the journals while nobody else can write to them.
-fn vet(path: &Path, durability: Durability) -> Result<Active, StoreError> {
+/// Looks through what the engine does not, while nobody else can write to it.
+fn vet(path: &Path, durability: Durability) -> Result<(), StoreError> {
     let lock_path = path.join("lock");
     let lock = OpenOptions::new().write(true).open(&lock_path).map_err(|error| {
         if error.kind() == io::ErrorKind::NotFound {
@@ -313,10 +313,16 @@ fn vet(path: &Path, durability: Durability) -> Result<Active, StoreError> {
         }
     })?;
     match lock.try_lock() {
-        Ok(()) => journal::vet(path, durability),
-        Err(TryLockError::WouldBlock) => Err(StoreError::InUse { path: path.into() }),
-        Err(TryLockError::Error(error)) => Err(unusable(&lock_path, &error)),
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: path.into() }),
+        Err(TryLockError::Error(error)) => return Err(unusable(&lock_path, &error)),
     }
+    // The engine takes a space without its list of tables for one that was never
+    // finished, and deletes it. Ours are finished before the store is in place.
+    for number in 0..=Space::ALL.len() {
+        journal::vet_list(&path.join("keyspaces").join(number.to_string()))?;
+    }
+    journal::vet(path, durability)
 }
 
 fn open_engine(path: &Path) -> Result<Database, fjall::Error> {
@@ -345,38 +351,6 @@ fn open_spaces(engine: &Database) -> Result<[Keyspace; Space::ALL.len()], fjall:
     };
     let [entries, meta, log] = Space::ALL.map(|space| engine.keyspace(space.name(), options));
     Ok([entries?, meta?, log?])
-}
-
-/// The engine did not open: `error`. If that was for the checksum of the very
-/// last batch then it was torn with its end on the disk and its middle not, so
-/// the store opens without it.
-fn without_last_batch(
-    path: &Path,
-    active: &Active,
-    error: fjall::Error,
-) -> Result<Database, StoreError> {
-    let is_checksum = matches!(
-        error,
-        fjall::Error::JournalRecovery(fjall::JournalRecoveryError::ChecksumMismatch)
-    );
-    let Some((begin, end)) = active.last.filter(|_| is_checksum) else {
-        return Err(unreadable(path, error));
-    };
-    let journal = &active.path;
-    let bytes = fs::read(journal).map_err(|error| unusable(journal, &error))?;
-    journal::cut(journal, begin).map_err(|error| unusable(journal, &error))?;
-    if let Ok(engine) = open_engine(path) {
-        tracing::warn!("{} was torn: its last batch, at byte {begin}, is cut", journal.display());
-        return Ok(engine);
-    }
-    // It was another batch: leave everything as it was found.
-    let restored = bytes.get(begin as usize..end as usize).ok_or(io::ErrorKind::UnexpectedEof);
-    let restored = restored.map_err(io::Error::from).and_then(|batch| {
-        let mut file = OpenOptions::new().append(true).open(journal)?;
-        io::Write::write_all(&mut file, batch)
-    });
-    restored.map_err(|error| unusable(journal, &error))?;
-    Err(unreadable(path, error))
 }
 
 /// The file at `path` can't be used: `error`.

@@ -215,6 +215,13 @@ fn with_less_than_always_what_stands_behind_a_hole_was_never_synced_and_is_cut()
     assert!(matches!(place.open("image"), Err(StoreError::Damaged { .. })));
     let image = DiskStore::open(&place.path("image"), Durability::Interval).unwrap();
     assert_eq!(keys(&image), "a");
+    drop(image);
+    // Within a value, too.
+    place.image("store", "image");
+    place.change_journal("image", |bytes| bytes[ends[1] + 100..ends[2] - 100].fill(0));
+    assert!(matches!(place.open("image"), Err(StoreError::Damaged { .. })));
+    let image = DiskStore::open(&place.path("image"), Durability::None).unwrap();
+    assert_eq!(keys(&image), "ab");
 }
 
 #[test]
@@ -242,6 +249,51 @@ fn a_damaged_table_is_named_when_it_is_read() {
     });
     assert!(matches!(outcome, Err(StoreError::Damaged { .. })), "{outcome:?}");
     assert!(seen.is_empty() || seen == [b"a"]);
+}
+
+#[test]
+fn a_space_whose_list_of_tables_is_gone_is_not_taken_for_an_empty_one() {
+    let place = Place::new();
+    let (_store, _) = five_batches(&place);
+    for space in 0..4 {
+        place.image("store", "image");
+        let list = place.path("image").join(format!("keyspaces/{space}/current"));
+        fs::remove_file(&list).unwrap();
+        match place.open("image").map(|store| keys(&store)) {
+            Err(StoreError::Damaged { path, .. }) => assert_eq!(path, list),
+            other => panic!("space {space}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_in_a_list_of_tables_is_refused() {
+    let place = Place::new();
+    let (store, _) = five_batches(&place);
+    store.space(Space::Entries).rotate_memtable_and_wait().unwrap();
+    drop(store);
+    for space in 0..4 {
+        let dir = place.path("store").join(format!("keyspaces/{space}"));
+        let number = fs::read(dir.join("current")).unwrap()[0];
+        for list in [dir.join("current"), dir.join(format!("v{number}"))] {
+            let bytes = fs::read(&list).unwrap();
+            // The last byte of `current` says which kind of checksum it is.
+            for at in 0..bytes.len() - usize::from(list.ends_with("current")) {
+                let mut flipped = bytes.clone();
+                flipped[at] ^= 1 << (at % 8);
+                fs::write(&list, flipped).unwrap();
+                let outcome = journal::vet_list(&dir);
+                assert!(
+                    matches!(outcome, Err(StoreError::Damaged { .. })),
+                    "byte {at} of {}",
+                    list.display()
+                );
+            }
+            fs::write(&list, bytes).unwrap();
+        }
+        journal::vet_list(&dir).unwrap();
+    }
+    place.open("store").unwrap();
 }
 
 #[test]

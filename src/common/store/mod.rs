@@ -77,7 +77,8 @@
 //! *damaged*, and the store is refused. The engine makes less of a difference: it
 //! silently cuts the journal at whatever it can't parse
 //! (<https://github.com/fjall-rs/fjall/issues/311>). So [`disk::DiskStore`] looks
-//! through the journals itself before the engine does (`journal.rs`). With a
+//! through the journals itself before the engine does (`journal.rs`), and checks
+//! the lists of tables, whose checksums the engine writes and does not read. With a
 //! weaker durability than `always` the system may have written the journal's pages
 //! in any order; then what stands behind the first hole is cut, too.
 //!
@@ -85,12 +86,7 @@
 //!
 //! - Damage within the very last batch looks like a torn one, and is cut. A
 //!   journal that somebody cut off exactly between two batches looks whole.
-//! - The lists of tables (`v9`, some hundred bytes for each space) have a checksum
-//!   that the engine writes and does not look at. Most damage there makes no sense
-//!   and is refused; of 81 flipped bits two read as something else.
-//!
-//! With less than `always`, a power failure can leave a hole within a large value
-//! of a batch that is not the last one; that is refused as damaged, too.
+//! - The number of a batch is not in its checksum; it is only seen to be in order.
 //!
 //! # Assumptions about the medium
 //!
@@ -115,7 +111,7 @@
 
 pub mod committer;
 pub mod disk;
-mod journal;
+pub mod journal;
 pub mod memory;
 mod upkeep;
 

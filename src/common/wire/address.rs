@@ -22,6 +22,11 @@ impl PortRange {
     /// Where viewleaders listen unless told otherwise.
     pub const VIEWLEADER: PortRange = PortRange { first: 39000, count: 10 };
 
+    /// Where masters listen unless told otherwise.
+    pub const MASTER: PortRange = PortRange { first: 9000, count: 1 };
+    /// Where chunkservers listen that are not told where.
+    pub const CHUNKSERVER: PortRange = PortRange { first: 9001, count: 10 };
+
     /// The ports in the order in which they are tried.
     pub fn ports(self) -> impl Iterator<Item = u16> + Clone {
         self.first..self.first + self.count

@@ -23,10 +23,16 @@ pub struct Refusal {
 pub enum Reason {
     /// The request can't be right: mend it, asking again does not help.
     Invalid,
+    /// What it is about is not there.
+    NotFound,
     /// Nothing was done; the same request may succeed later.
     Unavailable,
     /// It may or may not have been done, now or soon: read to find out.
     UnknownOutcome,
+    /// Nothing was done, since the key is not as the request says: read it again.
+    Conflict,
+    /// Nothing was done, since the lock is a later holder's: get it again.
+    Fenced,
 }
 
 impl Refusal {
@@ -41,9 +47,25 @@ impl Refusal {
         Self { error, reason: Reason::Invalid }
     }
 
+    /// A refusal since what was asked for is not there.
+    pub fn not_found(error: impl Into<String>) -> Self {
+        Self { reason: Reason::NotFound, ..Self::invalid(error) }
+    }
+
     /// A refusal of a request that was not carried out and may be tried again.
     pub fn unavailable(error: impl Into<String>) -> Self {
         Self { error: error.into(), reason: Reason::Unavailable }
+    }
+
+    /// A refusal of a request that depends on something that is not so.
+    pub fn conflict(error: impl Into<String>) -> Self {
+        Self { error: error.into(), reason: Reason::Conflict }
+    }
+
+    /// A refusal of a request under a lock that is another's by now.
+    pub fn fenced(error: impl Into<String>) -> Self {
+        let Self { error, .. } = Self::invalid(error);
+        Self { error, reason: Reason::Fenced }
     }
 
     /// The answer to a request that may or may not have taken effect.
