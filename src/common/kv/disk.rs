@@ -9,6 +9,7 @@
 //! * anything else was right once: it is compared with what the group's primary
 //!   has before it counts again.
 
+use super::content::{Content, Fences};
 use super::ring::{Arc, Point};
 use super::{Entry, Text, Version};
 use crate::store::{Change, Space, Store, StoreError};
@@ -27,6 +28,9 @@ const SEAT: &[u8] = b"seat/";
 /// How many of its starts a disk remembers. More than can be made in vain between
 /// two that reach a viewleader, one hopes: beyond it the server is a newcomer.
 pub const MAX_LINEAGE: usize = 64;
+
+/// How many former identities a disk remembers, the latest ones.
+pub const MAX_FORMERLY: usize = 64;
 
 /// One thing to be kept, or to be kept no more.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,8 +84,10 @@ impl Seat {
 pub struct Person {
     /// Its identity, once it has chosen one.
     pub id: Option<Identity>,
-    /// The identity before that one, under which older entries were written.
-    pub formerly: Option<Identity>,
+    /// The identities before that one, the latest last, under which older entries
+    /// may have been written: those since everything was last at rest.
+    #[serde(default)]
+    pub formerly: Vec<Identity>,
     /// How many times a server was started over this disk.
     pub starts: u64,
     /// The latest of these starts, the present one last. By them the viewleader
@@ -91,6 +97,15 @@ pub struct Person {
     /// Whether everything that was acknowledged since was synced: a server whose
     /// durability was weaker may have lost some.
     pub synced: bool,
+}
+
+impl Person {
+    /// Gives up its identity, to draw another.
+    pub fn becomes_another(&mut self) {
+        self.formerly.extend(self.id.take());
+        let surplus = self.formerly.len().saturating_sub(MAX_FORMERLY);
+        self.formerly.drain(..surplus);
+    }
 }
 
 /// All that a disk holds.
@@ -109,11 +124,8 @@ impl Record {
     pub fn into_change(self) -> Change {
         match self {
             Self::Entry { point, entry } => {
-                let mut value = vec![0; 16];
-                BigEndian::write_u64(&mut value, entry.version.group.0);
-                BigEndian::write_u64(&mut value[8..], entry.version.number);
-                value.extend_from_slice(entry.value.as_bytes());
-                Change::Put { space: Space::Entries, key: entry_key(point, &entry.key), value }
+                let key = entry_key(point, &entry.key);
+                Change::Put { space: Space::Entries, key, value: entry_value(&entry) }
             }
             Self::Drop { point, key } => {
                 Change::Remove { space: Space::Entries, key: entry_key(point, &key) }
@@ -131,6 +143,32 @@ impl Record {
 
 fn entry_key(point: Point, key: &str) -> Vec<u8> {
     [&point.number().to_be_bytes(), key.as_bytes()].concat()
+}
+
+/// Says that a key was deleted, rather than that a value follows.
+const DELETED: u8 = 1;
+
+/// Says that fences stand before the value: their length in four bytes, and JSON.
+const FENCED: u8 = 2;
+
+/// The two numbers of the version, eight bytes each; a byte of [`DELETED`] and
+/// [`FENCED`]; fences, if any; the value.
+fn entry_value(entry: &Entry) -> Vec<u8> {
+    let Content { value, fences } = &entry.content;
+    let mut bytes = vec![0; 17];
+    BigEndian::write_u64(&mut bytes, entry.version.group.0);
+    BigEndian::write_u64(&mut bytes[8..], entry.version.number);
+    if !fences.is_empty() {
+        bytes[16] |= FENCED;
+        let fences = json(fences);
+        bytes.extend_from_slice(&(fences.len() as u32).to_be_bytes());
+        bytes.extend_from_slice(&fences);
+    }
+    match value {
+        Some(value) => bytes.extend_from_slice(value.as_bytes()),
+        None => bytes[16] |= DELETED,
+    }
+    bytes
 }
 
 fn seat_key(start: Point) -> Vec<u8> {
@@ -178,14 +216,58 @@ pub fn recover(store: &dyn Store) -> Result<Recovered, StoreError> {
     }
 }
 
+/// The version of `key` in `store`, if it is there.
+///
+/// # Errors
+/// When it can't be read.
+pub fn read_version(store: &dyn Store, key: &str) -> Result<Option<Version>, StoreError> {
+    let at = entry_key(Point::of(key), key);
+    let value = store.get(Space::Entries, &at)?;
+    let entry = value.and_then(|value| read_entry(&at, &value));
+    Ok(entry.map(|(_, entry)| entry.version))
+}
+
 fn read_entry(key: &[u8], value: &[u8]) -> Option<(Point, Entry)> {
     let (place, key) = key.split_at_checked(2)?;
-    let (version, value) = value.split_at_checked(16)?;
+    let (version, rest) = value.split_at_checked(16)?;
+    let (form, mut rest) = rest.split_first()?;
     let point = Point::new(BigEndian::read_u16(place))?;
     let version = Version {
         group: Revision(BigEndian::read_u64(version)),
         number: BigEndian::read_u64(&version[8..]),
     };
-    let (key, value) = (str::from_utf8(key).ok()?, str::from_utf8(value).ok()?);
-    Some((point, Entry { key: key.into(), version, value: value.into() }))
+    let mut fences = Fences::default();
+    if form & FENCED != 0 {
+        let (length, behind) = rest.split_at_checked(4)?;
+        let (json, behind) = behind.split_at_checked(BigEndian::read_u32(length) as usize)?;
+        fences = serde_json::from_slice(json).ok()?;
+        rest = behind;
+    }
+    let (key, value) = (str::from_utf8(key).ok()?, str::from_utf8(rest).ok()?);
+    let value = (form & DELETED == 0).then(|| value.into());
+    Some((point, Entry { key: key.into(), version, content: Content { value, fences } }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::content::Fence;
+    use crate::view::Token;
+
+    #[test]
+    fn every_kind_of_entry_is_read_as_it_was_written() {
+        let fence = Fence { lock: "a lock".into(), token: Token(7) };
+        let fences = Fences::default().with(&fence).unwrap();
+        for value in [None, Some("".into()), Some("ключ".into())] {
+            for fences in [Fences::default(), fences.clone()] {
+                let version = Version { group: Revision(3), number: u64::MAX };
+                let content = Content { value: value.clone(), fences };
+                let entry = Entry { key: "k".into(), version, content };
+                let key = entry_key(Point::at(9), &entry.key);
+                let bytes = entry_value(&entry);
+                assert_eq!(read_entry(&key, &bytes), Some((Point::at(9), entry)));
+                assert_eq!(read_entry(&key, &bytes[..16]), None);
+            }
+        }
+    }
 }

@@ -4,9 +4,13 @@
 //! server passes on to the primary of a key, and [`Peer`] for what the replicas
 //! of a group say to each other.
 
+use super::content::{Fence, Objection};
 use super::table::{Cursor, Page};
 use super::{Entry, MAX_KEY_BYTES, MAX_VALUE_BYTES, Text, Version};
 use crate::kv::ring::Point;
+use crate::view::locks::MAX_LOCK_NAME_BYTES;
+use crate::view::messages::Okay;
+use crate::view::restoring::BackupId;
 use crate::view::{Epoch, Revision};
 use crate::wire::{self, Refusal};
 use serde::{Deserialize, Serialize};
@@ -48,6 +52,12 @@ pub enum Public {
     SetrDeny(Get),
     /// The replicated value, never this server's own.
     Getr(Get),
+    /// Ours: deletes a replicated key.
+    Delr(Delete),
+    /// Ours, for a backup: what this server has as primary, a page at a time.
+    Backup(Place),
+    /// Ours, from a backup: a key of a cluster that is being restored.
+    Load(Load),
 }
 
 /// The arguments of `print`.
@@ -84,6 +94,41 @@ pub struct Setr {
     /// just voted for the key is taken for the original's commit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub direct: bool,
+    /// Ours: write only if the key is at this version; `0.0` is that of a key that
+    /// there is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub if_version: Option<Version>,
+    /// Ours: write only if the key has seen no newer token of this lock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<Fence>,
+}
+
+/// The arguments of `primary_set`: a write that may depend on something.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Write {
+    /// The key.
+    pub key: Text,
+    /// The value.
+    pub val: Text,
+    /// As with [`Setr`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub if_version: Option<Version>,
+    /// As with [`Setr`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<Fence>,
+}
+
+/// The arguments of `delr` and `primary_delete`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Delete {
+    /// The key.
+    pub key: Text,
+    /// As with [`Setr`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub if_version: Option<Version>,
+    /// As with [`Setr`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence: Option<Fence>,
 }
 
 /// The arguments of `query_all_keys`. The original has none; with either, the
@@ -98,6 +143,25 @@ pub struct QueryAllKeys {
     pub limit: Option<usize>,
 }
 
+/// A place on the way around the ring, from point 0 on: everything before it is done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The first point of which not everything is done.
+    pub from: Point,
+    /// Up to which of its keys it is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<Text>,
+}
+
+/// The arguments of `load` and `primary_load`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// The backup from which the cluster is being restored.
+    pub backup: BackupId,
+    /// What was under the key. Its version is not taken over.
+    pub entry: Entry,
+}
+
 /// What a server passes on to the primary of a key.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "cmd", rename_all = "snake_case")]
@@ -105,7 +169,11 @@ pub enum Op {
     /// Read the key.
     PrimaryGet(Get),
     /// Write the key.
-    PrimarySet(Set),
+    PrimarySet(Write),
+    /// Delete the key.
+    PrimaryDelete(Delete),
+    /// Write the key as it is in a backup.
+    PrimaryLoad(Load),
     /// A vote of the original's kind.
     PrimaryVote(Vote),
     /// The commit that follows such a vote.
@@ -135,11 +203,24 @@ pub struct Commit {
 }
 
 impl Op {
+    /// Whether it is answered only once other servers have answered.
+    pub fn is_write(&self) -> bool {
+        match self {
+            Self::PrimarySet(_)
+            | Self::PrimaryDelete(_)
+            | Self::PrimaryLoad(_)
+            | Self::PrimaryCommit(_) => true,
+            Self::PrimaryGet(_) | Self::PrimaryVote(_) | Self::PrimaryDeny(_) => false,
+        }
+    }
+
     /// The key that it is about.
     pub fn key(&self) -> &Text {
         match self {
             Self::PrimaryGet(get) => &get.key,
-            Self::PrimarySet(set) => &set.key,
+            Self::PrimarySet(write) => &write.key,
+            Self::PrimaryDelete(delete) => &delete.key,
+            Self::PrimaryLoad(load) => &load.entry.key,
             Self::PrimaryVote(vote) | Self::PrimaryDeny(vote) => &vote.key,
             Self::PrimaryCommit(commit) => &commit.key,
         }
@@ -179,6 +260,10 @@ pub struct Prepare {
     pub version: Revision,
     /// Every entry of the arc up to this version is committed.
     pub committed: Version,
+    /// Every replica knows that everything up to this version is committed:
+    /// deletions up to it may be forgotten.
+    #[serde(default)]
+    pub settled: Version,
     /// The entries; none when there is only news of what is committed.
     pub entries: Vec<Entry>,
 }
@@ -217,6 +302,9 @@ impl Request {
             "set" => Self::Public(Public::Set(wire::arguments(cmd, body)?)),
             "print" => Self::Public(Public::Print(wire::arguments(cmd, body)?)),
             "query_all_keys" => Self::Public(Public::QueryAllKeys(wire::arguments(cmd, body)?)),
+            "delr" => Self::Public(Public::Delr(wire::arguments(cmd, body)?)),
+            "backup" => Self::Public(Public::Backup(wire::arguments(cmd, body)?)),
+            "load" => Self::Public(Public::Load(wire::arguments(cmd, body)?)),
             "setr_request" => Self::Public(Public::SetrRequest(wire::arguments(cmd, body)?)),
             "setr_deny" => Self::Public(Public::SetrDeny(wire::arguments(cmd, body)?)),
             "prepare" => Self::Peer(Peer::Prepare(wire::arguments(cmd, body)?)),
@@ -224,18 +312,31 @@ impl Request {
             "fetch" => Self::Peer(Peer::Fetch(wire::arguments(cmd, body)?)),
             "primary_get" => Self::Op(Op::PrimaryGet(wire::arguments(cmd, body)?)),
             "primary_set" => Self::Op(Op::PrimarySet(wire::arguments(cmd, body)?)),
+            "primary_delete" => Self::Op(Op::PrimaryDelete(wire::arguments(cmd, body)?)),
+            "primary_load" => Self::Op(Op::PrimaryLoad(wire::arguments(cmd, body)?)),
             "primary_vote" => Self::Op(Op::PrimaryVote(wire::arguments(cmd, body)?)),
             "primary_commit" => Self::Op(Op::PrimaryCommit(wire::arguments(cmd, body)?)),
             "primary_deny" => Self::Op(Op::PrimaryDeny(wire::arguments(cmd, body)?)),
             _ => {
                 return Err(Refusal::invalid(format!(
                     "unknown command {cmd:?}: this is a server; it knows print, set, get, setr, \
-                     getr, query_all_keys, setr_request, setr_deny"
+                     getr, delr, query_all_keys, setr_request, setr_deny, backup, load"
                 )));
             }
         };
         request.check()?;
         Ok(request)
+    }
+
+    fn fence(&self) -> Option<&Fence> {
+        match self {
+            Self::Public(Public::Setr(setr)) => setr.fence.as_ref(),
+            Self::Public(Public::Delr(delete)) | Self::Op(Op::PrimaryDelete(delete)) => {
+                delete.fence.as_ref()
+            }
+            Self::Op(Op::PrimarySet(write)) => write.fence.as_ref(),
+            _ => None,
+        }
     }
 
     /// Refuses keys and values over the limits, and versions that no primary
@@ -249,20 +350,35 @@ impl Request {
         let (key, value) = match self {
             Self::Public(Public::Set(Set { key, val }) | Public::Setr(Setr { key, val, .. }))
             | Self::Op(
-                Op::PrimarySet(Set { key, val }) | Op::PrimaryCommit(Commit { key, val, .. }),
+                Op::PrimarySet(Write { key, val, .. }) | Op::PrimaryCommit(Commit { key, val, .. }),
             ) => (key.len(), val.len()),
+            Self::Public(Public::Delr(delete)) => (delete.key.len(), 0),
+            Self::Public(Public::Load(Load { entry, .. }))
+            | Self::Op(Op::PrimaryLoad(Load { entry, .. })) => {
+                let value = entry.content.value.as_ref();
+                (entry.key.len(), value.map_or(0, |value| value.len()))
+            }
             Self::Public(
                 Public::Get(get)
                 | Public::Getr(get)
                 | Public::SetrRequest(get)
                 | Public::SetrDeny(get),
             ) => (get.key.len(), 0),
-            Self::Public(Public::Print(_) | Public::QueryAllKeys(_)) | Self::Peer(_) => (0, 0),
+            Self::Public(Public::Print(_) | Public::QueryAllKeys(_) | Public::Backup(_))
+            | Self::Peer(_) => (0, 0),
             Self::Op(op) => (op.key().len(), 0),
         };
         if key > MAX_KEY_BYTES {
             return Err(Refusal::invalid(format!(
                 "a key of {key} bytes is over the limit of {MAX_KEY_BYTES} bytes"
+            )));
+        }
+        if let Some(fence) = self.fence()
+            && fence.lock.len() > MAX_LOCK_NAME_BYTES
+        {
+            return Err(Refusal::invalid(format!(
+                "the name of a lock of {} bytes is over the limit of {MAX_LOCK_NAME_BYTES} bytes",
+                fence.lock.len()
             )));
         }
         if value > MAX_VALUE_BYTES {
@@ -304,6 +420,8 @@ pub enum Reply {
         #[serde(skip_serializing_if = "Option::is_none")]
         more: Option<bool>,
     },
+    /// To `backup`.
+    Backup(BackupPage),
     /// To `setr_request`, yes.
     Voted {
         /// `ok`
@@ -322,6 +440,19 @@ pub enum Reply {
     Peer(Answer),
     /// The request was not carried out.
     Refused(Refusal),
+}
+
+/// The answer to `backup`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackupPage {
+    /// Always `ok`.
+    pub status: Okay,
+    /// What was committed when this was asked, up the ring from the place that was
+    /// asked for.
+    pub entries: Vec<Entry>,
+    /// Where to go on, at whoever is the primary there; nothing at the end of the ring.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Place>,
 }
 
 /// What servers answer each other.
@@ -349,6 +480,8 @@ pub enum Answer {
         /// The primary's epoch.
         epoch: Epoch,
     },
+    /// Nothing was written, since something that the write depends on is not so.
+    Refused(Objection),
     /// A commit whose vote is gone: nothing was written.
     NoVote {},
     /// Nothing was done: not the primary of that key, or not serving yet.
@@ -358,6 +491,10 @@ pub enum Answer {
         /// Where it is.
         server: Option<SocketAddrV4>,
     },
+    /// Nothing was done: the cluster is being restored from a backup.
+    Restoring {},
+    /// Nothing was loaded: the cluster is not being restored from that backup.
+    NotLoading {},
     /// It may or may not be committed.
     Unknown {},
     /// The replica follows the version.

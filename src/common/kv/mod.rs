@@ -9,11 +9,13 @@
 //!
 //! > committed(secondary) ⊆ committed(primary) ⊆ prepared(every replica)
 //!
-//! In this folder: [`ring`] places names; [`table`] holds values; [`replica`] is
+//! In this folder: [`ring`] places names; [`content`] is what a write leaves and
+//! what it can depend on; [`table`] holds it; [`replica`] is
 //! one server's part in one group; [`marks`] carries the original's vote and
 //! commit; [`server`] is the machine that puts them together; [`operation`] is
 //! the client's side; [`messages`] is what servers understand.
 
+pub mod content;
 pub mod disk;
 pub mod marks;
 pub mod messages;
@@ -25,8 +27,10 @@ pub mod table;
 
 use crate::view::Revision;
 use crate::wire::MAX_FRAME_BYTES;
+use content::{Content, Fences};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
+use std::str::FromStr;
 use std::sync;
 
 /// The longest key, in bytes.
@@ -72,6 +76,18 @@ impl fmt::Display for Version {
     }
 }
 
+impl FromStr for Version {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('.');
+        let numbers = parts.and_then(|(group, number)| {
+            Some(Self { group: Revision(group.parse().ok()?), number: number.parse().ok()? })
+        });
+        numbers.ok_or_else(|| format!("{text:?} is no version such as 7.42"))
+    }
+}
+
 impl Serialize for Version {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -89,11 +105,7 @@ impl<'de> Deserialize<'de> for Version {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Version, E> {
-                let parts = text.split_once('.');
-                let numbers = parts.and_then(|(g, n)| Some((g.parse().ok()?, n.parse().ok()?)));
-                let (group, number) =
-                    numbers.ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
-                Ok(Version { group: Revision(group), number })
+                text.parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_str(Visitor)
@@ -101,19 +113,46 @@ impl<'de> Deserialize<'de> for Version {
 }
 
 /// One version of one key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The key.
     pub key: Text,
     /// Which write of the key this is.
     pub version: Version,
     /// What was written.
-    pub value: Text,
+    pub content: Content,
 }
 
 impl Entry {
     /// What it counts for against [`MAX_BATCH_BYTES`].
     pub fn bytes(&self) -> usize {
-        self.key.len() + self.value.len() + 64
+        self.key.len() + self.content.bytes() + 64
+    }
+}
+
+/// How an entry is written in a message.
+#[derive(Serialize, Deserialize)]
+struct WireEntry {
+    key: Text,
+    version: Version,
+    /// `null` when the key was deleted. It must be there: nothing is deleted for
+    /// want of a field.
+    #[serde(deserialize_with = "Option::deserialize")]
+    value: Option<Text>,
+    #[serde(default, skip_serializing_if = "Fences::is_empty")]
+    fences: Fences,
+}
+
+impl Serialize for Entry {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { key, version, content: Content { value, fences } } = self.clone();
+        WireEntry { key, version, value, fences }.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let WireEntry { key, version, value, fences } = WireEntry::deserialize(deserializer)?;
+        Ok(Self { key, version, content: Content { value, fences } })
     }
 }

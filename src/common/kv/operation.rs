@@ -1,6 +1,6 @@
 //! A client's command as a machine.
 //!
-//! Most commands are one question and one answer. `setr` and `getr` first ask
+//! Most commands are one question and one answer. `setr`, `getr` and `delr` first ask
 //! the viewleader who holds the key: one of ours answers with its view, and the
 //! key's primary is asked next; an original one does not know that question, and
 //! then the client votes and commits at the replicas itself, as the original's
@@ -8,12 +8,16 @@
 //!
 //! Some requests must not be sent twice. Before such a one, whoever is to get it
 //! is first asked something harmless, so that "nobody is there" can be told from
-//! "it may have been done".
+//! "it may have been done". Requests about locks have a number each, by which our
+//! viewleaders know one that comes again; an original's must not be sent twice.
 
 use super::Text;
-use super::messages::{Get, MAX_KEYS_PAGE, Print, Public, QueryAllKeys, Set, Setr};
+use super::messages::{Delete, Get, MAX_KEYS_PAGE, Print, Public, QueryAllKeys, Set, Setr};
 use super::ring::{self, Point};
-use crate::view::messages::{Drain, LockCall, QueryView, ViewAnswer, ViewRequest};
+use crate::consensus::requests::{GroupCommand, GroupRequest, Kind, NotLeader, Whom as Seat};
+use crate::view::messages::{
+    Drain, LockCall, LockKeep, LockList, QueryView, ViewAnswer, ViewRequest,
+};
 use crate::view::{Dialect, View};
 use crate::wire::{Reason, Refusal};
 use serde::{Deserialize, Serialize};
@@ -41,21 +45,62 @@ pub enum Command {
     /// List the keys that one server holds.
     QueryAllKeys,
     /// Set a replicated key.
-    Setr(Text, Text),
+    Setr(Setr),
     /// Get a replicated key.
-    Getr(Text),
+    Getr(Get),
+    /// Delete a replicated key.
+    Delr(Delete),
     /// List the servers.
     QueryServers,
     /// Get a lock, waiting for it if need be.
     LockGet(LockCall),
     /// Release a lock, or leave its queue.
     LockRelease(LockCall),
+    /// Give a sign of life for a lock.
+    LockKeep(LockKeep),
+    /// List locks.
+    LockList(LockList),
     /// The cluster at a glance.
     Status,
     /// How far the rebalancing is.
     RebalanceStatus,
     /// Let a server leave once its data is elsewhere.
     Drain(SocketAddrV4),
+    /// Let a viewleader come into the group of viewleaders.
+    ViewleaderAdd(SocketAddrV4),
+    /// Let one leave it.
+    ViewleaderRemove(SocketAddrV4),
+}
+
+impl Command {
+    /// The replicated key that it is about.
+    fn key(&self) -> Option<&Text> {
+        match self {
+            Self::Setr(setr) => Some(&setr.key),
+            Self::Getr(get) => Some(&get.key),
+            Self::Delr(delete) => Some(&delete.key),
+            _ => None,
+        }
+    }
+
+    /// What to say to a server of ours, if it is about a replicated key.
+    pub fn replicated(&self) -> Option<Public> {
+        match self.clone() {
+            Self::Setr(setr) => Some(Public::Setr(Setr { direct: true, ..setr })),
+            Self::Getr(get) => Some(Public::Getr(get)),
+            Self::Delr(delete) => Some(Public::Delr(delete)),
+            _ => None,
+        }
+    }
+
+    /// Whether the original's servers know it.
+    fn is_originals(&self) -> bool {
+        match self {
+            Self::Setr(setr) => setr.if_version.is_none() && setr.fence.is_none(),
+            Self::Delr(_) => false,
+            _ => true,
+        }
+    }
 }
 
 /// Who is to be asked.
@@ -78,6 +123,8 @@ pub enum Question {
     Server(Public),
     /// To the viewleader.
     View(ViewRequest),
+    /// To it, about its group.
+    Group(GroupCommand),
 }
 
 /// What has happened.
@@ -160,6 +207,9 @@ enum Stage {
     Asking { once: bool },
     /// A harmless question before `Asking { once: true }`.
     Probing(Question),
+    /// A question that only our viewleaders answer, before one that they know when
+    /// it comes again.
+    ProbingForOurs(Question),
     /// Pages of keys.
     Listing { keys: Vec<Value>, pages: bool },
     /// The view, from one of ours.
@@ -219,7 +269,6 @@ impl Operation {
     }
 
     fn begin(&mut self) -> Next {
-        let probe = Question::View(ViewRequest::QueryServers {});
         match self.command.clone() {
             Command::Print(text) => self.ask_once(Public::Print(Print { text })),
             Command::Set(key, val) => self.ask_once(Public::Set(Set { key, val })),
@@ -230,12 +279,14 @@ impl Operation {
                 self.stage = Stage::Listing { keys: Vec::new(), pages: false };
                 Next::Ask(Whom::AnyServer, page_after(None))
             }
-            Command::Setr(..) | Command::Getr(_) => {
+            Command::Setr(_) | Command::Getr(_) | Command::Delr(_) => {
                 self.stage = Stage::Viewing;
                 let query = ViewRequest::QueryView(QueryView::default());
                 Next::Ask(Whom::Viewleader, Question::View(query))
             }
-            Command::QueryServers => Next::Ask(Whom::Viewleader, probe),
+            Command::QueryServers => {
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::QueryServers {}))
+            }
             Command::Status => Next::Ask(Whom::Viewleader, Question::View(ViewRequest::Status {})),
             Command::RebalanceStatus => {
                 Next::Ask(Whom::Viewleader, Question::View(ViewRequest::RebalanceStatus {}))
@@ -245,10 +296,26 @@ impl Operation {
                 let request = ViewRequest::Drain(Drain { server });
                 Next::Ask(Whom::Viewleader, Question::View(request))
             }
+            Command::ViewleaderAdd(address) => {
+                let request = GroupRequest::Add(Seat { address }).to(Kind::VIEWLEADER);
+                Next::Ask(Whom::Viewleader, Question::Group(request))
+            }
+            Command::ViewleaderRemove(address) => {
+                let request = GroupRequest::Remove(Seat { address }).to(Kind::VIEWLEADER);
+                Next::Ask(Whom::Viewleader, Question::Group(request))
+            }
             Command::LockGet(_) => self.ask_for_lock(),
+            // Asking twice is as good as asking once.
+            Command::LockKeep(keep) => {
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::LockKeep(keep)))
+            }
+            Command::LockList(list) => {
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::LockList(list)))
+            }
             Command::LockRelease(call) => {
-                self.stage = Stage::Probing(Question::View(ViewRequest::LockRelease(call)));
-                Next::Ask(Whom::Viewleader, probe)
+                let release = Question::View(ViewRequest::LockRelease(call));
+                self.stage = Stage::ProbingForOurs(release);
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::Status {}))
             }
         }
     }
@@ -258,7 +325,9 @@ impl Operation {
         let probe = match &request {
             // Only one of ours knows `getr`: an original would take a `setr`
             // without a vote for a value of its own.
-            Public::Setr(Setr { key, .. }) => Public::Getr(Get { key: Text::clone(key) }),
+            Public::Setr(Setr { key, .. }) | Public::Delr(Delete { key, .. }) => {
+                Public::Getr(Get { key: Text::clone(key) })
+            }
             _ => Public::Get(Get { key: "".into() }),
         };
         self.stage = Stage::Probing(Question::Server(request));
@@ -278,7 +347,8 @@ impl Operation {
         let Command::LockGet(call) = &self.command else {
             return Next::Done(Conclusion::without_reply(Verdict::Interrupted, "interrupted"));
         };
-        let leave = Question::View(ViewRequest::LockRelease(call.clone()));
+        let request = call.request.map(|number| number.wrapping_add(1));
+        let leave = Question::View(ViewRequest::LockRelease(LockCall { request, ..call.clone() }));
         self.stage = Stage::Leaving;
         Next::Ask(Whom::Viewleader, leave)
     }
@@ -293,6 +363,15 @@ impl Operation {
         let is_error = reply.get("error").is_some();
         match &mut self.stage {
             Stage::Asking { .. } => Next::Done(Conclusion::of(&reply, body)),
+            Stage::ProbingForOurs(question) if is_error => {
+                self.stage = Stage::Probing(question.clone());
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::QueryServers {}))
+            }
+            Stage::ProbingForOurs(question) => {
+                let question = question.clone();
+                self.stage = Stage::Asking { once: true };
+                Next::Ask(Whom::Viewleader, question)
+            }
             // For one server's own affairs it is enough that it is there.
             Stage::Probing(_)
                 if is_error && !matches!(self.command, Command::Print(_) | Command::Set(..)) =>
@@ -313,12 +392,13 @@ impl Operation {
                         *pages = true;
                         Next::Ask(Whom::At(from), page_after(Some(last.into())))
                     }
-                    _ if *pages && !is_error => {
+                    _ if *pages && reply["result"].is_array() => {
                         take_page(keys, reply);
                         let whole = serde_json::json!({ "result": std::mem::take(keys) });
                         Next::Done(Conclusion::of(&whole, whole.to_string().as_bytes()))
                     }
-                    _ if is_error => Next::Done(Conclusion::of(&reply, body)),
+                    // No page: shown as it is.
+                    _ if is_error || *pages => Next::Done(Conclusion::of(&reply, body)),
                     // All of them; what told of pages is of no use to the user.
                     _ => {
                         let whole = serde_json::json!({ "result": reply["result"] });
@@ -331,6 +411,10 @@ impl Operation {
                     self.ask_primary(&answer.view)
                 }
                 Ok(answer) => self.ask_originals(&answer.view),
+                // One of ours, and none of its group leads: that is no original.
+                Err(_) if serde_json::from_slice::<NotLeader>(body).is_ok() => {
+                    self.silence(false, false, format!("{from} does not lead, nor does another"))
+                }
                 Err(_) => self.ask_for_servers(),
             },
             Stage::AskingForServers => match serde_json::from_slice::<Servers>(body) {
@@ -360,7 +444,19 @@ impl Operation {
                 if reply["status"] != "retry" {
                     return Next::Done(Conclusion::of(&reply, body));
                 }
+                if let Command::LockGet(LockCall { request: Some(number), .. }) = &mut self.command
+                {
+                    // To ask again is to ask anew.
+                    *number = number.wrapping_add(1);
+                }
                 let ahead = reply["position"].as_u64();
+                let has_waited =
+                    matches!(self.command, Command::LockGet(LockCall { wait_ms: Some(_), .. }));
+                if let Some(ahead) = ahead.filter(|_| has_waited) {
+                    // It was answered because it was time, and goes on waiting at once.
+                    let why = format!("waiting for the lock ({ahead} ahead)");
+                    return Next::Wait(why, Duration::ZERO);
+                }
                 let ahead = ahead.map_or(String::new(), |ahead| format!(" ({ahead} ahead)"));
                 Next::Wait(
                     format!(
@@ -391,22 +487,26 @@ impl Operation {
                 conclusion(Verdict::Nobody, &why)
             }
             // An original drops what it does not know.
-            Stage::Viewing if closed => self.ask_for_servers(),
+            Stage::ProbingForOurs(question) if closed => {
+                self.stage = Stage::Probing(question.clone());
+                Next::Ask(Whom::Viewleader, Question::View(ViewRequest::QueryServers {}))
+            }
+            Stage::ProbingForOurs(_) => conclusion(Verdict::Nobody, &why),
+            // One that only our servers know goes to them, if there are any.
+            Stage::Viewing if closed && self.command.is_originals() => self.ask_for_servers(),
             Stage::Viewing | Stage::AskingForServers => {
                 // Groups with a live primary serve without a viewleader.
                 self.alone = Some(why.clone());
-                match self.command.clone() {
-                    Command::Setr(key, val) => {
-                        self.ask_once(Public::Setr(Setr { key, val, direct: true }))
-                    }
-                    Command::Getr(key) => {
+                match self.command.replicated() {
+                    Some(request @ Public::Getr(_)) => {
                         self.stage = Stage::Asking { once: false };
-                        Next::Ask(Whom::AnyServer, Question::Server(Public::Getr(Get { key })))
+                        Next::Ask(Whom::AnyServer, Question::Server(request))
                     }
-                    _ => conclusion(Verdict::Nobody, &why),
+                    Some(request) => self.ask_once(request),
+                    None => conclusion(Verdict::Nobody, &why),
                 }
             }
-            Stage::AtServers(_) if sent && matches!(self.command, Command::Setr(..)) => {
+            Stage::AtServers(_) if sent && !matches!(self.command, Command::Getr(_)) => {
                 conclusion(Verdict::Unknown, &format!("{why}; it may or may not have been done"))
             }
             Stage::AtServers(rest) if rest.is_empty() => conclusion(Verdict::Nobody, &why),
@@ -434,9 +534,7 @@ impl Operation {
 
     /// Asks the key's primary; if it is not there, the other servers.
     fn ask_primary(&mut self, view: &View) -> Next {
-        let (Command::Setr(key, _) | Command::Getr(key)) = &self.command else {
-            return self.begin();
-        };
+        let Some(key) = self.command.key() else { return self.begin() };
         let primary = view.primary_of(Point::of(key));
         let own = view.own_members().map(|member| member.address);
         let others = own.filter(|address| Some(*address) != primary);
@@ -445,11 +543,7 @@ impl Operation {
     }
 
     fn next_server(&mut self) -> Next {
-        let request = match self.command.clone() {
-            Command::Setr(key, val) => Public::Setr(Setr { key, val, direct: true }),
-            Command::Getr(key) => Public::Getr(Get { key }),
-            _ => return self.begin(),
-        };
+        let Some(request) = self.command.replicated() else { return self.begin() };
         let Stage::AtServers(rest) = &mut self.stage else { return self.begin() };
         match rest.pop_front() {
             Some(server) => Next::Ask(Whom::At(server), Question::Server(request)),
@@ -471,15 +565,18 @@ impl Operation {
     }
 
     fn vote_or_read(&mut self, epoch: Value, addresses: &[SocketAddrV4], hashes: &[Point]) -> Next {
-        let (Command::Setr(key, _) | Command::Getr(key)) = &self.command else {
-            return self.begin();
-        };
-        let target = ring::target_of(Point::of(key), hashes);
-        let replicas: Vec<_> = target.into_iter().map(|index| addresses[index]).collect();
-        if replicas.is_empty() {
+        if addresses.is_empty() {
             let message = "the viewleader knows no servers: start one";
             return Next::Done(Conclusion::without_reply(Verdict::Nobody, message));
         }
+        if !self.command.is_originals() {
+            let message = "these servers are the original's: they know no deletions, versions \
+                           or fences";
+            return Next::Done(Conclusion::without_reply(Verdict::No, message));
+        }
+        let Some(key) = self.command.key() else { return self.begin() };
+        let target = ring::target_of(Point::of(key), hashes);
+        let replicas: Vec<_> = target.into_iter().map(|index| addresses[index]).collect();
         if matches!(self.command, Command::Getr(_)) {
             self.stage = Stage::Reading(replicas.into());
             return self.next_original();
@@ -489,10 +586,10 @@ impl Operation {
     }
 
     fn next_original(&mut self) -> Next {
-        let Command::Getr(key) = self.command.clone() else { return self.begin() };
+        let Command::Getr(get) = self.command.clone() else { return self.begin() };
         let Stage::Reading(rest) = &mut self.stage else { return self.begin() };
         match rest.pop_front() {
-            Some(server) => Next::Ask(Whom::At(server), Question::Server(Public::Get(Get { key }))),
+            Some(server) => Next::Ask(Whom::At(server), Question::Server(Public::Get(get))),
             None => {
                 let message = "no replica of the key answers";
                 Next::Done(Conclusion::without_reply(Verdict::Nobody, message))
@@ -503,11 +600,12 @@ impl Operation {
     /// Asks the replica whose turn it is for its vote, or tells it how the vote
     /// has ended.
     fn ask_voter(&mut self) -> Next {
-        let Command::Setr(key, val) = self.command.clone() else { return self.begin() };
+        let Command::Setr(setr) = self.command.clone() else { return self.begin() };
+        let key = Text::clone(&setr.key);
         let (ballot, request) = match &self.stage {
             Stage::Voting(ballot) => (ballot, Public::SetrRequest(Get { key })),
             Stage::Closing(ballot, Closing::Commit { .. }) => {
-                (ballot, Public::Setr(Setr { key, val, direct: false }))
+                (ballot, Public::Setr(Setr { direct: false, ..setr }))
             }
             Stage::Closing(ballot, Closing::Deny) => (ballot, Public::SetrDeny(Get { key })),
             _ => return self.begin(),
@@ -574,7 +672,7 @@ fn page_after(after: Option<Text>) -> Question {
 }
 
 fn take_page(keys: &mut Vec<Value>, mut reply: Value) {
-    if let Some(page) = reply["result"].as_array_mut() {
+    if let Some(page) = reply.get_mut("result").and_then(Value::as_array_mut) {
         keys.append(page);
     }
 }
@@ -607,7 +705,11 @@ impl Conclusion {
             (Some(_), _) | (None, Some("not_found" | "unknown" | "retry" | "deny")) => Verdict::No,
             _ => Verdict::Done,
         };
-        let message = error.map(|error| error.as_str().map_or(error.to_string(), str::to_owned));
+        let note = reply.get("note").and_then(Value::as_str);
+        let message = error.map(|error| {
+            let error = error.as_str().map_or(error.to_string(), str::to_owned);
+            note.map_or(error.clone(), |note| format!("{error}: {note}"))
+        });
         Self { reply: Some(line), message, verdict }
     }
 }

@@ -17,6 +17,14 @@
 //! that was primary before knows every pending entry and goes on serving; what
 //! it has pending is prepared anew under the new version.
 //!
+//! # Deleted keys
+//! A deletion is an entry like any other, and must win over older writes of its
+//! key that some replica still has pending. A replica that acknowledges a
+//! watermark has nothing older pending, so what all have acknowledged is
+//! *settled*: the primary forgets the deletions up to there, and tells the others
+//! with its next message. A replica that is not ready forgets none: a page with
+//! an older write of the key may be on its way to it.
+//!
 //! # A replica that is not ready
 //! It gets every prepare from the moment it enters, and fetches what was
 //! committed before that in pages from the primary, in the order of the ring.
@@ -47,6 +55,8 @@ pub struct Fellow {
     pub address: SocketAddrV4,
     /// Its disk has no room.
     pub full: bool,
+    /// It follows, and nobody waits for it to store anything.
+    pub aside: bool,
 }
 
 /// A set of fellows, by their index.
@@ -113,6 +123,10 @@ pub struct Primary {
     pub unsent: bool,
     /// The watermark that was sent last, and when.
     pub told: (Version, Time),
+    /// The watermark that each fellow has acknowledged.
+    pub heard: BTreeMap<usize, Version>,
+    /// Deletions have been forgotten here, and the others do not know that they may.
+    pub forgot: bool,
 }
 
 /// How far a replica is in fetching what was committed before it entered.
@@ -153,6 +167,11 @@ pub struct Replica {
     pub left: u64,
     /// Everything up to this version is committed, as far as this server knows.
     pub committed: Version,
+    /// Every replica knows that, up to this version.
+    pub settled: Version,
+    /// The deletions that are committed here and not forgotten yet, with their keys.
+    /// Known once everything is fetched.
+    pub deleted: BTreeMap<Version, (Point, Text)>,
     /// The view counts it as ready.
     pub counted_ready: bool,
     /// The view knows that this version is established.
@@ -205,12 +224,23 @@ impl Replica {
         }
     }
 
-    /// At the primary: whether the pending entry `version` is on every disk: the
-    /// fellows', who have acknowledged it, and this server's.
+    /// At the primary: whether the pending entry `version` is on every disk that
+    /// counts: the fellows', who have acknowledged it, and this server's.
     pub fn is_everywhere(&self, version: Version) -> bool {
-        let all = Fellows::all(self.fellows.len());
-        let pending = self.pending.get(&version);
-        pending.is_some_and(|pending| pending.stored && pending.acknowledged == all)
+        let Some(pending) = self.pending.get(&version) else { return false };
+        let mut fellows = self.fellows.iter().enumerate();
+        pending.stored
+            && fellows.all(|(index, fellow)| fellow.aside || pending.acknowledged.has(index))
+    }
+
+    /// At the primary: the version up to which every replica that counts knows that
+    /// everything is committed.
+    pub fn settled_by_all(&self) -> Version {
+        let Some(primary) = &self.primary else { return self.settled };
+        let fellows = self.fellows.iter().enumerate().filter(|(_, fellow)| !fellow.aside);
+        let heard =
+            fellows.map(|(index, _)| primary.heard.get(&index).copied().unwrap_or_default());
+        heard.fold(self.watermark(), Version::min)
     }
 
     /// What the disk is to know of this server's part in the group.
@@ -231,6 +261,10 @@ impl Replica {
         let all = std::mem::take(&mut self.pending);
         let (stays, moves) = all.into_iter().partition(|(_, pending)| outside(pending));
         self.pending = stays;
+        let deleted = std::mem::take(&mut self.deleted);
+        let (stays, leaves) =
+            deleted.into_iter().partition(|(_, (point, _))| !arc.contains(*point));
+        self.deleted = stays;
         let mut part = Replica {
             arc,
             version: self.version,
@@ -246,6 +280,8 @@ impl Replica {
             fetching: false,
             left: 0,
             committed: self.committed,
+            settled: self.settled,
+            deleted: leaves,
             counted_ready: self.counted_ready,
             counted_established: false,
         };
@@ -253,6 +289,38 @@ impl Replica {
             half.pending_bytes = half.pending.values().map(|pending| pending.bytes).sum();
         }
         part
+    }
+
+    /// Joins this replica and `next`, whose arc begins where this one's ends: their
+    /// groups have become one, with the same replicas. Versions of two groups are
+    /// never the same, so nothing pending is mistaken for something else.
+    pub fn and(self, next: Replica) -> Replica {
+        let primary = self.primary.zip(next.primary);
+        let mut pending = self.pending;
+        pending.extend(next.pending);
+        let mut deleted = self.deleted;
+        deleted.extend(next.deleted);
+        let all = self.fetched == Fetched::All && next.fetched == Fetched::All;
+        Replica {
+            arc: Arc { start: self.arc.start, end: next.arc.end },
+            version: self.version.min(next.version),
+            since: self.since.max(next.since),
+            fellows: self.fellows,
+            primary: primary
+                .map(|(a, b)| Primary { serving: a.serving && b.serving, ..Primary::default() }),
+            pending,
+            pending_bytes: self.pending_bytes + next.pending_bytes,
+            fetched: if all { Fetched::All } else { Fetched::UpTo(None) },
+            fetching: false,
+            left: self.left + next.left,
+            // Of what is above it in one of them nobody knows whether it is committed
+            // in the other.
+            committed: self.committed.min(next.committed),
+            settled: self.settled.min(next.settled),
+            deleted,
+            counted_ready: self.counted_ready && next.counted_ready,
+            counted_established: false,
+        }
     }
 
     /// How far the fetch is in `arc`, a part of this replica's arc.
@@ -263,6 +331,7 @@ impl Replica {
         }
         let reached = cursor.point.distance_from(self.arc.start);
         let begins = arc.start.distance_from(self.arc.start);
-        if reached < begins { Fetched::UpTo(None) } else { Fetched::All }
+        // What has come may not be on the disk yet.
+        if reached < begins { Fetched::UpTo(None) } else { Fetched::Storing }
     }
 }

@@ -24,7 +24,9 @@ pub const REPLICAS: usize = 3;
 const IDENTITY_CANDIDATES: usize = 256;
 
 /// A place on the ring, below [`RING_POINTS`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(try_from = "u16")]
 pub struct Point(u16);
 

@@ -8,19 +8,27 @@
 //! Keys are kept by their point on the ring, so that an arc can be read or
 //! dropped without looking at anything else.
 
+use super::content::Content;
 use super::ring::{Arc, Point, RING_POINTS};
-use super::{Entry, MAX_BATCH_BYTES, Text, Version};
+use super::{Entry, Text, Version};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
-/// A value and its version.
+/// What was written, and its version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Versioned {
     /// Which write it was.
     pub version: Version,
     /// What was written.
-    pub value: Text,
+    pub content: Content,
+}
+
+impl Versioned {
+    /// The value, if the key was not deleted.
+    pub fn value(&self) -> Option<&Text> {
+        self.content.value.as_ref()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -43,6 +51,11 @@ impl Slot {
             self.prepared.retain(|prepared| prepared.version > old.version);
             self.committed = Some(old);
         }
+    }
+
+    /// What was written last, whether or not it is known to be committed.
+    fn newest(&self) -> Option<&Versioned> {
+        self.prepared.last().or(self.committed.as_ref())
     }
 
     fn is_empty(&self) -> bool {
@@ -93,9 +106,38 @@ impl Table {
         &mut self.places[usize::from(point.number())]
     }
 
-    /// The committed value of `key`, which stands at `point`.
+    /// What is committed of `key`, which stands at `point`; a deletion, too.
     pub fn get(&self, point: Point, key: &str) -> Option<&Versioned> {
         self.place(point).get(key)?.committed.as_ref()
+    }
+
+    /// What was written last to `key`, and whether that is committed.
+    pub fn newest(&self, point: Point, key: &str) -> (Option<&Versioned>, bool) {
+        let slot = self.place(point).get(key);
+        (slot.and_then(Slot::newest), slot.is_none_or(|slot| slot.prepared.is_empty()))
+    }
+
+    /// The deleted keys of `arc` that need not be remembered for ever, with the
+    /// versions of their deletions, as far as these are committed.
+    pub fn deleted(&self, arc: Arc) -> impl Iterator<Item = (Version, Point, &Text)> {
+        self.slots(arc, None, None).filter_map(|(point, key, slot)| {
+            let committed = slot.committed.as_ref()?;
+            committed.content.is_forgettable().then_some((committed.version, point, key))
+        })
+    }
+
+    /// Forgets that `key` was deleted by the write `version`, unless something was
+    /// written since. Returns whether it is forgotten.
+    pub fn forget_deleted(&mut self, point: Point, key: &str, version: Version) -> bool {
+        let slots = self.place_mut(point);
+        let is_over = slots.get(key).is_some_and(|slot| {
+            let held = slot.committed.as_ref().filter(|held| held.version == version);
+            slot.prepared.is_empty() && held.is_some_and(|held| held.content.is_forgettable())
+        });
+        if is_over {
+            slots.remove(key);
+        }
+        is_over
     }
 
     /// Takes a prepared entry. Returns whether it was news: neither known nor
@@ -108,8 +150,8 @@ impl Table {
         match slot.prepared.binary_search_by_key(&entry.version, |prepared| prepared.version) {
             Ok(_) => false,
             Err(place) => {
-                let value = Text::clone(&entry.value);
-                slot.prepared.insert(place, Versioned { version: entry.version, value });
+                let content = entry.content.clone();
+                slot.prepared.insert(place, Versioned { version: entry.version, content });
                 true
             }
         }
@@ -132,7 +174,7 @@ impl Table {
         let slot = self.place_mut(point).entry(entry.key).or_default();
         if slot.committed.as_ref().is_none_or(|committed| committed.version < entry.version) {
             slot.prepared.retain(|prepared| prepared.version > entry.version);
-            slot.committed = Some(Versioned { version: entry.version, value: entry.value });
+            slot.committed = Some(Versioned { version: entry.version, content: entry.content });
         }
     }
 
@@ -160,8 +202,7 @@ impl Table {
     /// is to keep.
     pub fn is_newest(&self, point: Point, key: &str, version: Version) -> bool {
         let Some(slot) = self.place(point).get(key) else { return true };
-        let held = slot.prepared.last().or(slot.committed.as_ref());
-        held.is_none_or(|held| held.version <= version)
+        slot.newest().is_none_or(|newest| newest.version <= version)
     }
 
     /// The prepared entry of `key` with this version, if no newer one has
@@ -169,13 +210,13 @@ impl Table {
     pub fn prepared(&self, point: Point, key: &Text, version: Version) -> Option<Entry> {
         let slot = self.place(point).get(key)?;
         let found = slot.prepared.iter().find(|prepared| prepared.version == version)?;
-        Some(Entry { key: Text::clone(key), version, value: Text::clone(&found.value) })
+        Some(Entry { key: Text::clone(key), version, content: found.content.clone() })
     }
 
     /// Takes an entry from the disk that may be out of date.
     pub fn load_old(&mut self, point: Point, entry: Entry) {
         let slot = self.place_mut(point).entry(entry.key).or_default();
-        slot.old = Some(Versioned { version: entry.version, value: entry.value });
+        slot.old = Some(Versioned { version: entry.version, content: entry.content });
     }
 
     /// Everything old at `point` is right after all.
@@ -229,6 +270,8 @@ impl Table {
         let last = until.map_or(u16::MAX, |cursor| cursor.point.distance_from(arc.start));
         let points = arc.points().skip(usize::from(first));
         let points = points.take(usize::from(last.saturating_sub(first)).saturating_add(1));
+        // Most places of a small table are empty: they are passed over quickly.
+        let points = points.filter(move |point| !self.place(*point).is_empty());
         points.flat_map(move |point| {
             let behind = match after.filter(|cursor| cursor.point == point) {
                 None => Bound::Unbounded,
@@ -248,7 +291,7 @@ impl Table {
     }
 
     /// The committed entries of `arc` behind `after` and up to `until` which are
-    /// not in `held` with the same version: as many as fit in a message. With
+    /// not in `held` with the same version: up to `max_bytes` and one more. With
     /// them, the keys in `held` that there are none of, and where the next page
     /// starts; `None` when this one reaches `until`.
     pub fn page(
@@ -257,6 +300,7 @@ impl Table {
         after: Option<&Cursor>,
         until: Option<&Cursor>,
         held: Vec<(Text, Version)>,
+        max_bytes: usize,
     ) -> Page {
         let mut held: BTreeMap<(u16, Text), Version> = held
             .into_iter()
@@ -265,15 +309,19 @@ impl Table {
         let mut page = Page::default();
         let mut bytes = 0;
         for (point, key, slot) in self.slots(arc, after, until) {
-            let Some(Versioned { version, value }) = &slot.committed else { continue };
+            let Some(Versioned { version, content }) = &slot.committed else { continue };
+            // Whoever holds something of a deleted key is told that it is gone.
+            if content.is_forgettable() {
+                continue;
+            }
             let place = (point.distance_from(arc.start), Text::clone(key));
             if held.remove(&place) == Some(*version) {
                 continue;
             }
-            let entry = Entry { key: place.1, version: *version, value: Text::clone(value) };
+            let entry = Entry { key: place.1, version: *version, content: content.clone() };
             bytes += entry.bytes();
             page.entries.push(entry);
-            if bytes >= MAX_BATCH_BYTES {
+            if bytes >= max_bytes {
                 let next = Cursor { point, key: Text::clone(key) };
                 let reached = (point.distance_from(arc.start), Text::clone(key));
                 held.retain(|place, _| *place <= reached);
@@ -296,8 +344,8 @@ impl Table {
         std::mem::take(self.place_mut(point)).into_keys()
     }
 
-    /// Every key with a committed or a prepared value, with its place, in the
-    /// order of the ring, from `after` (excluded) on. A write that was answered is
+    /// Every key whose last write, committed or not, left a value, with its place,
+    /// in the order of the ring, from `after` (excluded) on. A write that was answered is
     /// prepared on every replica, while the news that it is committed may still
     /// be on its way.
     pub fn keys_after<'a>(
@@ -306,6 +354,7 @@ impl Table {
     ) -> impl Iterator<Item = (Point, &'a Text)> {
         let first = after.map_or(0, |(point, _)| usize::from(point.number()));
         let places = self.places.iter().enumerate().skip(first);
+        let places = places.filter(|(_, slots)| !slots.is_empty());
         places.flat_map(move |(place, slots)| {
             let point = Point::at(place as u16);
             let behind = match after {
@@ -313,8 +362,7 @@ impl Table {
                 _ => Bound::Unbounded,
             };
             let held = slots.range::<str, _>((behind, Bound::Unbounded));
-            let held =
-                held.filter(|(_, slot)| slot.committed.is_some() || !slot.prepared.is_empty());
+            let held = held.filter(|(_, slot)| slot.newest().and_then(Versioned::value).is_some());
             held.map(move |(key, _)| (point, key))
         })
     }
@@ -323,18 +371,20 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::MAX_BATCH_BYTES;
+    use crate::kv::content::Fences;
     use crate::view::Revision;
 
     fn entry(key: &str, number: u64, value: &str) -> Entry {
         Entry {
             key: key.into(),
             version: Version { group: Revision(1), number },
-            value: value.into(),
+            content: Content::of(value.into()),
         }
     }
 
     fn value(table: &Table, key: &str) -> Option<String> {
-        table.get(Point::of(key), key).map(|held| held.value.to_string())
+        table.get(Point::of(key), key)?.value().map(Text::to_string)
     }
 
     #[test]
@@ -375,6 +425,45 @@ mod tests {
     }
 
     #[test]
+    fn a_deleted_key_is_neither_listed_nor_sent_and_wins_over_older_writes() {
+        let (mut table, at) = (Table::default(), Point::of("k"));
+        let ring = Arc { start: Point::at(0), end: Point::at(0) };
+        let deletion = Entry {
+            content: Content { value: None, fences: Fences::default() },
+            ..entry("k", 2, "")
+        };
+        table.insert(at, entry("k", 1, "a"));
+        assert!(table.prepare(at, &deletion));
+        assert_eq!(value(&table, "k").as_deref(), Some("a"), "not before it is committed");
+        assert_eq!(table.keys_after(None).count(), 0);
+        table.commit(at, "k", deletion.version);
+        assert!(!table.prepare(at, &entry("k", 1, "late")));
+        assert_eq!(value(&table, "k"), None);
+        assert_eq!(table.page(ring, None, None, Vec::new(), MAX_BATCH_BYTES), Page::default());
+        let held = vec![("k".into(), entry("k", 1, "").version)];
+        assert_eq!(table.page(ring, None, None, held, MAX_BATCH_BYTES).gone, ["k".into()]);
+        assert_eq!(table.deleted(ring).count(), 1);
+    }
+
+    #[test]
+    fn a_deletion_is_forgotten_unless_something_was_written_since() {
+        let (mut table, at) = (Table::default(), Point::of("k"));
+        let deletion = |number| Entry {
+            content: Content { value: None, fences: Fences::default() },
+            ..entry("k", number, "")
+        };
+        table.insert(at, deletion(2));
+        assert!(table.prepare(at, &entry("k", 3, "b")));
+        assert!(!table.forget_deleted(at, "k", deletion(2).version));
+        table.commit(at, "k", entry("k", 3, "b").version);
+        assert!(!table.forget_deleted(at, "k", deletion(2).version));
+        table.insert(at, deletion(4));
+        assert!(!table.forget_deleted(at, "k", deletion(2).version));
+        assert!(table.forget_deleted(at, "k", deletion(4).version));
+        assert!(table.get(at, "k").is_none());
+    }
+
+    #[test]
     fn pages_bring_every_key_of_the_arc_once_and_no_other() {
         let mut table = Table::default();
         let arc = Arc { start: Point::at(9000), end: Point::at(1000) };
@@ -389,7 +478,8 @@ mod tests {
         }
         let (mut seen, mut after, mut pages) = (Vec::new(), None, 0);
         loop {
-            let Page { entries, next, .. } = table.page(arc, after.as_ref(), None, Vec::new());
+            let Page { entries, next, .. } =
+                table.page(arc, after.as_ref(), None, Vec::new(), MAX_BATCH_BYTES);
             seen.extend(entries.iter().map(|entry| entry.key.to_string()));
             pages += 1;
             match next {

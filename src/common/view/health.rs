@@ -47,6 +47,8 @@ impl View {
             short: Vec::new(),
             moving: Vec::new(),
             lost: Vec::new(),
+            restoring: self.restoring.as_ref().map(|it| it.backup.clone()),
+            viewleaders: Vec::new(),
         };
         for (index, group) in self.groups.iter().enumerate() {
             let arc = self.arc_health(index);

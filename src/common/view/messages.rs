@@ -4,8 +4,10 @@
 //! original's, field by field. The fields and commands that are ours come on
 //! top: an original server never sends them and never sees them answered.
 
-use super::locks::MAX_LOCK_NAME_BYTES;
-use super::{Epoch, Revision, Start, View};
+use super::locks::{MAX_LOCK_NAME_BYTES, MAX_TTL_MS, MIN_TTL_MS, Manner};
+use super::restoring::{BackupId, MAX_NUMBER, Numbers, Restore, Step};
+use super::{Epoch, Revision, Start, Token, View};
+use crate::consensus::requests::{GroupReply, NotLeader};
 use crate::kv::ring::Point;
 use crate::wire::{self, Identity, Refusal};
 use serde::{Deserialize, Serialize};
@@ -28,12 +30,20 @@ pub enum ViewRequest {
     LockGet(LockCall),
     /// A requestor gives a lock back or leaves its queue.
     LockRelease(LockCall),
+    /// Ours: a sign of life of one who holds a lock, or waits for it.
+    LockKeep(LockKeep),
+    /// Ours: who holds which lock, and who waits.
+    LockList(LockList),
     /// A server is to leave once its data is elsewhere; ours.
     Drain(Drain),
     /// How far is the rebalancing? Ours.
     RebalanceStatus {},
     /// How is everybody? Ours.
     Status {},
+    /// How far has the cluster counted? Ours, for a backup.
+    Numbers {},
+    /// A step of restoring the cluster from a backup; ours.
+    Restore(Restore),
 }
 
 /// The arguments of `drain`.
@@ -70,10 +80,15 @@ pub struct Heartbeat {
     /// Ours: the starts before this one over the same disk, the latest ones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lineage: Vec<Start>,
-    /// Ours, from a server that joins: the identity under which what is on its
+    /// Ours, from a server that joins: the identities under which what is on its
     /// disk was written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub formerly: Vec<Identity>,
+    /// Ours, from a server that has just drawn its identity: the epoch in which it
+    /// chose its place on the ring. If somebody has come or gone since, it is to
+    /// choose again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub formerly: Option<Identity>,
+    pub chosen_in: Option<Epoch>,
     /// Ours: the server's disk has no room.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub full: bool,
@@ -129,6 +144,86 @@ pub struct LockCall {
     pub lockid: String,
     /// Who asks.
     pub requestor: Identity,
+    /// Ours: drawn for this request, and the same when it is repeated because no
+    /// answer came: then it is carried out once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<u64>,
+    /// Ours: hold it together with others who share it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    /// Ours: for how long, in milliseconds, the lock or the place in its queue is
+    /// kept without a sign of life; for ever without this, as the original does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
+    /// Ours: for how long, in milliseconds, the answer may be held back until the
+    /// lock is granted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_ms: Option<u64>,
+}
+
+impl LockCall {
+    /// A call that is not repeated, for a lock that is held alone and for ever.
+    pub fn new(lockid: String, requestor: Identity) -> Self {
+        let (shared, ttl_ms, wait_ms) = (false, None, None);
+        Self { lockid, requestor, request: None, shared, ttl_ms, wait_ms }
+    }
+
+    /// How the lock is to be held.
+    pub fn manner(&self) -> Manner {
+        let ttl_ms = self.ttl_ms.map(|ttl| ttl.clamp(MIN_TTL_MS, MAX_TTL_MS));
+        Manner { shared: self.shared, ttl_ms }
+    }
+}
+
+/// The arguments of `lock_keep`: a sign of life of one who holds a lock or waits
+/// for it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockKeep {
+    /// The name of the lock.
+    pub lockid: String,
+    /// Who holds it.
+    pub requestor: Identity,
+    /// The token of the grant; none while it waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
+}
+
+/// The arguments of `lock_list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LockList {
+    /// Only locks behind this one, in the order of their names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+}
+
+/// How many locks and places one reply to `lock_list` tells of, about.
+pub const MAX_LISTED: usize = 5_000;
+
+/// One lock, as `lock_list` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListedLock {
+    /// Its name.
+    pub lock: String,
+    /// Who holds it.
+    pub holders: Vec<ListedPlace>,
+    /// Who waits for it, in order.
+    pub waiting: Vec<ListedPlace>,
+}
+
+/// A place in the queue of a lock, as `lock_list` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListedPlace {
+    /// Whose it is.
+    pub requestor: Identity,
+    /// The token of the grant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
+    /// It is held, or to be held, together with others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    /// How much longer it is kept without a sign of life, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_ms: Option<u64>,
 }
 
 impl ViewRequest {
@@ -156,17 +251,31 @@ impl ViewRequest {
             "report" => Self::Report(wire::arguments(&cmd, body)?),
             "lock_get" => Self::LockGet(lock_call(&cmd, body)?),
             "lock_release" => Self::LockRelease(lock_call(&cmd, body)?),
+            "lock_keep" => Self::LockKeep(wire::arguments(&cmd, body)?),
+            "lock_list" => Self::LockList(wire::arguments(&cmd, body)?),
             "rebalance_status" => Self::RebalanceStatus {},
             "status" => Self::Status {},
             "drain" => Self::Drain(wire::arguments(&cmd, body)?),
+            "numbers" => Self::Numbers {},
+            "restore" => Self::Restore(restore(&cmd, body)?),
             _ => {
                 return Err(Refusal::invalid(format!(
                     "unknown command {cmd:?}: this is a viewleader; it knows heartbeat, \
-                     query_servers, lock_get, lock_release, query_view, report, status, \
-                     rebalance_status, drain"
+                     query_servers, lock_get, lock_release, lock_keep, lock_list, query_view, \
+                     report, status, rebalance_status, drain, numbers, restore"
                 )));
             }
         })
+    }
+}
+
+fn restore(cmd: &str, body: &[u8]) -> Result<Restore, Refusal> {
+    let restore: Restore = wire::arguments(cmd, body)?;
+    match restore.step {
+        Step::Begin { above } if above > MAX_NUMBER => {
+            Err(Refusal::invalid(format!("{cmd}: {above} is beyond all numbers")))
+        }
+        _ => Ok(restore),
     }
 }
 
@@ -203,13 +312,31 @@ pub enum ViewReply {
         /// With `retry`: how many are before the requestor, the holder included.
         #[serde(skip_serializing_if = "Option::is_none")]
         position: Option<usize>,
+        /// With `granted`: what tells this grant from all before it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        token: Option<Token>,
+    },
+    /// To `lock_list`.
+    Locks {
+        /// `ok`
+        status: &'static str,
+        /// The locks, by their names.
+        locks: Vec<ListedLock>,
+        /// Whether there are more behind the last one.
+        more: bool,
     },
     /// To `rebalance_status`.
     Rebalance(RebalanceStatus),
     /// To `status`.
     Health(Health),
+    /// To `numbers`.
+    Numbers(NumbersAnswer),
     /// The request was not carried out.
     Refused(Refusal),
+    /// Another viewleader is to be asked.
+    NotLeader(NotLeader),
+    /// To what viewleaders ask each other.
+    Group(GroupReply),
 }
 
 /// How far a rebalancing is.
@@ -261,6 +388,38 @@ pub struct Health {
     pub moving: Vec<ArcHealth>,
     /// The arcs that nobody can serve.
     pub lost: Vec<ArcHealth>,
+    /// The backup that it is being restored from; until that is done it serves nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restoring: Option<BackupId>,
+    /// The viewleaders, the one that leads and answers among them.
+    #[serde(default)]
+    pub viewleaders: Vec<ViewleaderHealth>,
+}
+
+/// One viewleader at a glance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewleaderHealth {
+    /// Where it is reached.
+    pub address: SocketAddrV4,
+    /// What it does in the group.
+    pub role: Role,
+    /// Whether the one that leads has heard from it lately.
+    pub answers: bool,
+    /// What is out of the ordinary.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// What a viewleader does in its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It leads.
+    Leader,
+    /// It has a vote.
+    Follower,
+    /// It has none yet: it is catching up.
+    Learner,
 }
 
 /// One server at a glance.
@@ -298,7 +457,7 @@ pub struct ArcHealth {
 impl ViewReply {
     /// A reply of one word.
     pub fn status(status: &'static str) -> Self {
-        Self::Status { status, position: None }
+        Self::Status { status, position: None, token: None }
     }
 }
 
@@ -322,6 +481,10 @@ pub struct HeartbeatReply {
     /// was told to leave may end.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub free: bool,
+    /// Ours, with `retry`: somebody has come or gone since the server chose its
+    /// place on the ring. It is to choose again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub crowded: bool,
 }
 
 /// What a heartbeat brought.
@@ -343,6 +506,15 @@ pub struct ViewAnswer {
     pub status: Okay,
     /// The view, shared by all who asked for it.
     pub view: sync::Arc<View>,
+}
+
+/// The answer to `numbers`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumbersAnswer {
+    /// Always `ok`.
+    pub status: Okay,
+    /// How far the cluster has counted.
+    pub numbers: Numbers,
 }
 
 /// The word `ok`.

@@ -12,23 +12,30 @@
 //! * the *epoch* grows when a member comes or goes. It is the original's, and
 //!   the original's clients compare it before they commit;
 //! * the *revision* grows with every change of the view, of members or of
-//!   groups. A group's *version* is the revision that last changed it. Every
+//!   groups. A group's *version* is the revision that last changed it; no two
+//!   groups share one. Every
 //!   message between replicas carries it, and a replica refuses one that is not
 //!   its own: this is the fence that keeps a deposed primary out.
 //!
 //! In this folder: [`state`] holds members and groups and plans the next step
-//! of each group; [`locks`] the lock service; [`leader`] is the machine around
-//! both, with leases and the clock; [`messages`] is what it understands.
+//! of each group; [`locks`] the lock service; [`leader`] is what the viewleader that
+//! leads does with both, with leases and the clock; [`viewleader`] is the machine of
+//! one viewleader of a group, which replicates the changes of the state through
+//! [`crate::consensus`]; [`restoring`] is how a new cluster takes over from one that is gone;
+//! [`messages`] is what it understands.
 
+pub mod answered;
 pub mod health;
 pub mod leader;
 pub mod locks;
-pub mod log;
 pub mod messages;
+pub mod restoring;
 pub mod state;
+pub mod viewleader;
 
 use crate::kv::ring::{self, Arc, Point};
 use crate::wire::Identity;
+use restoring::Restoration;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::SocketAddrV4;
@@ -43,6 +50,25 @@ pub struct Epoch(pub u64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Revision(pub u64);
+
+/// Comes with every grant of a lock; larger than that of any grant before it, of
+/// whatever lock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(pub u64);
+
+impl Token {
+    /// Whether it is that of no grant.
+    pub fn is_none(&self) -> bool {
+        self.0 == 0
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
 
 impl fmt::Display for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -142,6 +168,18 @@ pub struct Seat {
     /// The revision at which it entered. A server that left a group and entered
     /// it again without noticing sees by this that writes have passed it by.
     pub since: Revision,
+    /// It is set aside: its disk has no room and it is to leave. It still has to
+    /// follow a new version, so that it stops; nobody waits for it to store
+    /// anything, so it is not ready and can't become so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub aside: bool,
+}
+
+impl Seat {
+    /// The seat of a server that enters at the revision `since`.
+    pub fn new(id: Identity, since: Revision) -> Self {
+        Self { id, since, aside: false }
+    }
 }
 
 impl Group {
@@ -173,6 +211,13 @@ pub struct View {
     /// Every arc of the ring, by its start. Empty until the first server of our
     /// dialect has joined.
     pub groups: Vec<Group>,
+    /// No token up to this one fences anything off: it is from before the cluster was
+    /// restored from a backup.
+    #[serde(default, skip_serializing_if = "Token::is_none")]
+    pub burnt: Token,
+    /// It is being restored, and serves nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restoring: Option<Restoration>,
 }
 
 impl View {
@@ -226,11 +271,29 @@ impl View {
         self.is_settled() && !self.groups.iter().any(Group::is_lost)
     }
 
-    /// Whether nothing is left to move: every group that is not lost is at its
-    /// target, and nobody is about to leave.
+    /// Whether nothing is left to do: every group that is not lost is at its
+    /// target and whole, and nobody is about to leave.
     pub fn is_settled(&self) -> bool {
         let nobody_leaves = self.members.iter().all(|member| !member.leaving);
         let mut groups = (0..self.groups.len()).filter(|index| !self.groups[*index].is_lost());
-        nobody_leaves && groups.all(|index| self.is_complete(index))
+        nobody_leaves
+            && groups.all(|index| self.is_complete(index))
+            && self.first_divided().is_none()
+    }
+
+    /// The index of a group that can become one with the next around the ring: no
+    /// server stands between them any more, and both are complete.
+    pub fn first_divided(&self) -> Option<usize> {
+        let count = self.groups.len();
+        let is_divided = |index: &usize| {
+            let next = (index + 1) % count;
+            let [this, that] = [*index, next].map(|index| &self.groups[index]);
+            !self.own_members().any(|member| member.hash == that.start)
+                && this.primary == that.primary
+                && self.target_of(this.start) == self.target_of(that.start)
+                && self.is_complete(*index)
+                && self.is_complete(next)
+        };
+        (0..count).filter(|_| count > 1).find(is_divided)
     }
 }

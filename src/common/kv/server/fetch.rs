@@ -13,9 +13,6 @@ use crate::view::Revision;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// How many keys a replica names of those that it has already, in one question.
-const MAX_HELD: usize = 1000;
-
 /// A page that was asked for.
 pub(super) struct Asked {
     pub(super) start: Point,
@@ -36,7 +33,8 @@ impl<T> Server<T> {
                 continue;
             }
             replica.fetching = true;
-            let (held, until) = self.table.old(replica.arc, after.as_ref(), MAX_HELD);
+            let (held, until) =
+                self.table.old(replica.arc, after.as_ref(), self.settings.batch.held);
             let since = replica.since;
             let InGroup { start, version } = replica.in_group();
             let (after, until) = (after.clone(), until.clone());
@@ -128,14 +126,17 @@ impl<T> Server<T> {
     /// The disk knows that the seats in `arc` are complete: they are ready. Not
     /// before: a server that starts again must not be less than it was taken for.
     pub(super) fn seat_sealed(&mut self, now: Time, arc: Arc, since: Revision) {
-        for replica in self.replicas.values_mut() {
+        let mut sealed = Vec::new();
+        for (start, replica) in &mut self.replicas {
             let is_part = replica.since == since && arc.contains(replica.arc.start);
             if is_part && replica.fetched == Fetched::Sealing {
                 replica.fetched = Fetched::All;
                 replica.left = 0;
                 self.agenda.report = self.agenda.report.map(|_| now);
+                sealed.push(*start);
             }
         }
+        sealed.into_iter().for_each(|start| self.find_deleted(start));
     }
 }
 

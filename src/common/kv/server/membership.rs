@@ -1,8 +1,8 @@
 //! The lease with the viewleader, and the view.
 
 use super::{
-    BEATS_PER_LEASE, Effect, Effects, Following, RETRY, Server, Settings, ViewCall, ViewError,
-    ViewNews, WATCH,
+    BEATS_PER_LEASE, Effect, Effects, Following, RETRY, Server, Settings, Then, ViewCall,
+    ViewError, ViewNews, WATCH,
 };
 use crate::kv::Version;
 use crate::kv::disk::Record;
@@ -19,6 +19,9 @@ use std::time::Duration;
 
 /// How soon the viewleader is called again after it could not be reached.
 pub(super) const RETRY_VIEWLEADER: Duration = Duration::from_millis(200);
+
+/// How often a server chooses its place at most before it takes the one it has.
+const MAX_CHOICES: u32 = 32;
 
 /// How soon a report is made again when the view does not show it.
 const REPORT_AGAIN: Duration = Duration::from_millis(100);
@@ -54,6 +57,7 @@ impl<T> Server<T> {
                 start: Some(Start { count: self.person.starts, drawn }),
                 lineage: self.person.lineage.clone(),
                 formerly: self.person.formerly.clone(),
+                chosen_in: self.chosen_in,
                 full: !self.has_room,
             })));
         }
@@ -124,6 +128,10 @@ impl<T> Server<T> {
         if self.person.id.is_none() {
             let taken: Vec<Point> = view.members.iter().map(|member| member.hash).collect();
             self.person.id = Some(ring::choose_identity(&taken, &mut self.rng));
+            // A place that was chosen at the same moment as another's may be next to
+            // it, so it is chosen again; but not for ever.
+            self.choices += 1;
+            self.chosen_in = (self.choices < MAX_CHOICES).then_some(view.epoch);
             self.keep_person();
         }
     }
@@ -159,6 +167,7 @@ impl<T> Server<T> {
                 if !self.joined {
                     out.push(Effect::Note(format!("joined in {}", epoch.unwrap_or_default())));
                     self.joined = true;
+                    (self.chosen_in, self.choices) = (None, 0);
                     self.not_before = self.not_before.max(revision.unwrap_or_default());
                     self.agenda.view = self.agenda.view.map(|_| now);
                 }
@@ -171,29 +180,42 @@ impl<T> Server<T> {
                 }
                 self.following = Following::Original(epoch.unwrap_or_default());
             }
+            Ok(HeartbeatReply { status: Beat::Retry, crowded: true, .. }) => {
+                self.person.id = None;
+                self.id = None;
+                self.agenda.view = self.agenda.view.map(|_| now);
+            }
             Ok(HeartbeatReply { status: Beat::Retry, .. }) => {
                 out.push(Effect::Note(format!(
                     "not yet: there is a lease on {} that has to run out first",
                     self.settings.address
                 )));
             }
-            Ok(HeartbeatReply { status: Beat::Deny, free, .. }) => self.start_over(free, out),
+            Ok(HeartbeatReply { status: Beat::Deny, free, .. }) => self.start_over(now, free, out),
         }
     }
 
     /// The viewleader does not know this identity any more. If it was to leave, and
-    /// nothing depends on what it holds, it has left. Else its lease has run out and others have taken over: what it
-    /// holds may be old. It goes on as a new one, and has it compared.
-    fn start_over(&mut self, is_free: bool, out: &mut Effects<T>) {
-        if std::mem::take(&mut self.leaving) && is_free {
+    /// nothing depends on what it holds, it has left. Else its lease has run out and others
+    /// have taken over: what it holds may be old. It goes on as a new one, and has it compared.
+    fn start_over(&mut self, now: Time, is_free: bool, out: &mut Effects<T>) {
+        let has_left = std::mem::take(&mut self.leaving) && is_free;
+        // Nobody is put out for a lease that runs still, so its groups have let it go one by
+        // one, and what it had pending is committed (as in `install`); it may only not have
+        // seen the views in which they did.
+        let has_handed_over = has_left && self.has_lease(now);
+        if has_left {
             out.push(Effect::Note("everything is elsewhere: leaving the cluster".to_owned()));
             out.push(Effect::End);
         } else {
             out.push(Effect::Note("the lease ran out: joining again as a new server".to_owned()));
         }
         for (start, replica) in std::mem::take(&mut self.replicas) {
-            for pending in replica.pending.into_values() {
-                self.end_unknown(pending.op, out);
+            for (version, pending) in replica.pending {
+                match pending.op {
+                    Some(op) if has_handed_over => self.end_written(op, &pending.key, version, out),
+                    op => self.end_unknown(op, out),
+                }
             }
             self.records.push(Record::NoSeat(start));
         }
@@ -201,7 +223,7 @@ impl<T> Server<T> {
         self.marks = Marks::default();
         self.leased_until = Time::default();
         self.joined = false;
-        self.person.formerly = self.person.id.take();
+        self.person.becomes_another();
         let view = Arc::clone(&self.view);
         self.choose_identity(&view);
     }
@@ -225,12 +247,17 @@ impl<T> Server<T> {
         let held: Vec<Point> = before.values().flat_map(|replica| replica.arc.points()).collect();
         let starts: Vec<Point> = before.keys().copied().collect();
         let mut kept = vec![false; usize::from(RING_POINTS)];
-        let mut changed = Vec::new();
+        let (mut changed, mut trusted) = (Vec::new(), Vec::new());
         for (index, group) in view.groups.iter().enumerate() {
             if !group.seats(&id) {
                 continue;
             }
             let (mut replica, is_continued) = take_part(&mut before, &view, index, &id);
+            if replica.fetched == Fetched::Storing {
+                // It may be part of an arc of which the rest is yet to come.
+                let (arc, since) = (replica.arc, replica.since);
+                self.then(Then::Fetched { arc, since });
+            }
             for point in replica.arc.points() {
                 kept[usize::from(point.number())] = true;
                 if is_continued {
@@ -244,6 +271,9 @@ impl<T> Server<T> {
             }
             if !is_continued || replica.version != group.version {
                 changed.push(group.start);
+            }
+            if !is_continued && replica.fetched == Fetched::All {
+                trusted.push(group.start);
             }
             follow(&mut replica, &view, group, &id);
             self.records.push(Record::Seat(replica.seat()));
@@ -260,6 +290,11 @@ impl<T> Server<T> {
         }
         let gone = starts.iter().filter(|start| !self.replicas.contains_key(start));
         self.records.extend(gone.map(|start| Record::NoSeat(*start)));
+        if at_rest && !self.person.formerly.is_empty() {
+            // Nothing is left of what it wrote under another name.
+            self.person.formerly.clear();
+            self.records.push(Record::Identity(self.person.clone()));
+        }
         // A replica is dropped only once the primary after it is established, and
         // that has committed what this one had pending.
         for replica in before.into_values() {
@@ -268,6 +303,9 @@ impl<T> Server<T> {
                     self.end_written(op, &pending.key, version, out);
                 }
             }
+        }
+        for start in trusted {
+            self.find_deleted(start);
         }
         for start in changed {
             self.begin_version(now, start, out);
@@ -280,8 +318,8 @@ impl<T> Server<T> {
 }
 
 /// This server's replica for the group at `index` of `view`: the one it had, or
-/// a part of it, if it has been in the group ever since; else an empty one.
-/// Also says which of the two it is.
+/// made of parts of those it had, if it has been in the group ever since; else an
+/// empty one. Also says which of the two it is.
 fn take_part(
     before: &mut BTreeMap<Point, Replica>,
     view: &View,
@@ -291,15 +329,8 @@ fn take_part(
     let group = &view.groups[index];
     let arc = view.arc(index);
     let since = group.seat(id).map_or(Revision(0), |seat| seat.since);
-    let whole = before.iter().find(|(_, replica)| replica.arc.contains(group.start));
-    let whole = whole.filter(|(_, replica)| replica.since == since);
-    let whole = whole.map(|(start, replica)| (*start, replica.arc));
-    let continued = match whole {
-        Some((start, held)) if held == arc => before.remove(&start),
-        Some((start, _)) => before.get_mut(&start).map(|whole| whole.part(arc)),
-        None => None,
-    };
-    if let Some(replica) = continued {
+    let is_ready = group.ready.contains(id);
+    if let Some(replica) = continued(before, arc, since, is_ready) {
         return (replica, true);
     }
     let empty = Replica {
@@ -311,14 +342,51 @@ fn take_part(
         pending: BTreeMap::new(),
         pending_bytes: 0,
         // The very first server has nothing to fetch, and nobody to fetch from.
-        fetched: if group.ready.contains(id) { Fetched::All } else { Fetched::UpTo(None) },
+        fetched: if is_ready { Fetched::All } else { Fetched::UpTo(None) },
         fetching: false,
         left: 0,
         committed: Version::default(),
+        settled: Version::default(),
+        deleted: BTreeMap::new(),
         counted_ready: false,
         counted_established: false,
     };
     (empty, false)
+}
+
+/// What this server had of `arc`, if it had all of it and has been in its group
+/// ever since. Whoever is counted as ready has: it became so under a view that it
+/// followed, and can't have left since without losing that. Any other has if its
+/// seat is still the one that it had.
+fn continued(
+    before: &mut BTreeMap<Point, Replica>,
+    arc: ring::Arc,
+    since: Revision,
+    is_ready: bool,
+) -> Option<Replica> {
+    let mut pieces: Vec<(Point, ring::Arc)> = Vec::new();
+    let (mut from, mut left) = (arc.start, arc.length());
+    while left > 0 {
+        let (start, held) = before.iter().find(|(_, replica)| replica.arc.contains(from))?;
+        if !is_ready && held.since != since {
+            return None;
+        }
+        let here = held.arc.length() - from.distance_from(held.arc.start);
+        let length = here.min(left);
+        left -= length;
+        let end = if left == 0 { arc.end } else { held.arc.end };
+        pieces.push((*start, ring::Arc { start: from, end }));
+        from = end;
+    }
+    let parts = pieces.into_iter().filter_map(|(start, piece)| {
+        if before.get(&start)?.arc == piece {
+            return before.remove(&start);
+        }
+        Some(before.get_mut(&start)?.part(piece))
+    });
+    let mut whole = parts.reduce(Replica::and)?;
+    whole.since = since;
+    Some(whole)
 }
 
 /// Makes `replica` follow `group`.
@@ -326,12 +394,13 @@ fn follow(replica: &mut Replica, view: &View, group: &Group, id: &Identity) {
     replica.counted_ready = group.ready.contains(id);
     replica.counted_established = group.established;
     let others = group.replicas.iter().filter(|seat| seat.id != *id);
-    let others = others.filter_map(|seat| view.member(&seat.id));
+    let others = others.filter_map(|seat| Some((seat.aside, view.member(&seat.id)?)));
     replica.fellows = others
-        .map(|Member { id, address, full, .. }| Fellow {
+        .map(|(aside, Member { id, address, full, .. })| Fellow {
             id: id.clone(),
             address: *address,
             full: *full,
+            aside,
         })
         .collect();
     if replica.version == group.version {

@@ -2,7 +2,8 @@
 //!
 //! It keeps a lease with the viewleader and follows its view (`membership`),
 //! answers clients and passes on what another server is primary for
-//! (`requests`), and replicates what it is primary for (`replication`).
+//! (`requests`), and replicates what it is primary for (`replication`); `backup` is for
+//! backups.
 //!
 //! # One client's operation
 //! An operation that can't be answered at once becomes an [`OpId`] with a
@@ -13,7 +14,9 @@
 //! never begun, so it is `unavailable`; a write that it finds forwarded or
 //! writing has an unknown outcome.
 
+mod backup;
 mod fetch;
+mod inspect;
 mod membership;
 mod replication;
 mod requests;
@@ -25,13 +28,14 @@ use super::messages::{Answer, InGroup, Op, Reply, Request};
 use super::replica::Replica;
 use super::ring::{Arc, Point};
 use super::table::{Cursor, Table};
-use super::{Text, Version};
+use super::{MAX_BATCH_BYTES, Text, Version};
 use crate::machine::{Machine, Time};
 use crate::view::messages::{Heartbeat, HeartbeatReply, Progress, QueryView, Report};
 use crate::view::{Epoch, Revision, View};
 use crate::wire::{Identity, Refusal};
 use fetch::Asked;
 use rand::rngs::StdRng;
+use replication::Sent;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddrV4;
 use std::sync;
@@ -224,7 +228,7 @@ struct Operation<T> {
 enum Purpose {
     Operation(OpId),
     Establish { group: InGroup, fellow: usize },
-    Prepare { group: InGroup, fellow: usize, versions: Vec<Version> },
+    Prepare { group: InGroup, fellow: usize, versions: Vec<Version>, committed: Version },
     Fetch { start: Point, since: Revision, held: Vec<(Text, Version)>, until: Option<Cursor> },
 }
 
@@ -243,6 +247,22 @@ enum Then<T> {
     Person,
 }
 
+/// How much one message between servers holds at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Bytes of keys and values, before JSON; [`MAX_BATCH_BYTES`] at most. One entry
+    /// may exceed it on its own.
+    pub bytes: usize,
+    /// How many keys a replica names of those that it has already, in one question.
+    pub held: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { bytes: MAX_BATCH_BYTES, held: 1000 }
+    }
+}
+
 /// What a server is started with.
 #[derive(Debug)]
 pub struct Settings {
@@ -256,6 +276,8 @@ pub struct Settings {
     pub synced: bool,
     /// What tells this start from others over copies of the same disk.
     pub drawn: u64,
+    /// How much it puts into one message.
+    pub batch: Batch,
 }
 
 /// Which kind of viewleader this server follows.
@@ -303,6 +325,10 @@ pub struct Server<T> {
     told: Progress,
     telling: Progress,
     following: Following,
+    /// In which epoch it chose its place on the ring, until it has joined there, and
+    /// how often it has chosen.
+    chosen_in: Option<Epoch>,
+    choices: u32,
     /// The viewleader has taken it in under its present identity.
     joined: bool,
     /// It has been told to leave once it holds nothing.
@@ -349,6 +375,8 @@ impl<T> Server<T> {
             told: Progress::default(),
             telling: Progress::default(),
             following: Following::Nobody,
+            chosen_in: None,
+            choices: 0,
             joined: false,
             leaving: false,
             agenda: Agenda { beat: None, view: now, report: None },
@@ -420,8 +448,9 @@ impl<T> Machine for Server<T> {
                 Some(Purpose::Establish { group, fellow }) => {
                     self.establish_answered(now, group, fellow, result, out);
                 }
-                Some(Purpose::Prepare { group, fellow, versions }) => {
-                    self.prepare_answered(now, group, fellow, &versions, result, out);
+                Some(Purpose::Prepare { group, fellow, versions, committed }) => {
+                    let sent = Sent { group, fellow, versions, committed };
+                    self.prepare_answered(now, sent, result, out);
                 }
                 Some(Purpose::Fetch { start, since, held, until }) => {
                     let asked = Asked { start, since, held, until };

@@ -1,13 +1,23 @@
 //! Prepare, commit, follow: see [`crate::kv::replica`] for the protocol.
 
 use super::{CallError, Effect, Effects, OpId, Purpose, Server, TELL, Then};
+use crate::kv::content::Content;
 use crate::kv::disk::Record;
-use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request, Set};
+use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request};
 use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, Pending, Replica};
 use crate::kv::ring::Point;
-use crate::kv::{Entry, MAX_BATCH_BYTES, Text, Version};
+use crate::kv::{Entry, Text, Version};
 use crate::machine::Time;
 use std::net::SocketAddrV4;
+
+/// Entries, or only news of what is committed, that were sent to a fellow.
+pub(super) struct Sent {
+    pub(super) group: InGroup,
+    pub(super) fellow: usize,
+    pub(super) versions: Vec<Version>,
+    /// The watermark that went with them.
+    pub(super) committed: Version,
+}
 
 impl<T> Server<T> {
     /// This server's replica for `point`, if it is in that group.
@@ -24,7 +34,7 @@ impl<T> Server<T> {
             return Some(self.settings.address);
         }
         let fellows = &self.replica_at(point)?.fellows;
-        fellows.iter().find(|fellow| fellow.full).map(|fellow| fellow.address)
+        fellows.iter().find(|fellow| fellow.full && !fellow.aside).map(|fellow| fellow.address)
     }
 
     fn is_behind_with_storing(&self) -> bool {
@@ -36,17 +46,17 @@ impl<T> Server<T> {
         !self.is_behind_with_storing()
             && self.replica_at(point).is_some_and(|replica| {
                 let (count, bytes) = (replica.pending.len(), replica.pending_bytes);
-                count == 0 || count < MAX_PENDING && bytes < MAX_BATCH_BYTES
+                count == 0 || count < MAX_PENDING && bytes < self.settings.batch.bytes
             })
     }
 
-    /// As primary of `point`: prepares a write everywhere. The operation `op`
-    /// is answered once it is committed.
+    /// As primary of `point`: prepares a write everywhere that leaves `content`
+    /// under `key`. The operation `op` is answered once it is committed.
     pub(super) fn write(
         &mut self,
         now: Time,
-        point: Point,
-        set: &Set,
+        (point, key): (Point, &Text),
+        content: Content,
         op: OpId,
         out: &mut Effects<T>,
     ) {
@@ -55,13 +65,13 @@ impl<T> Server<T> {
         let Some(primary) = replica.primary.as_mut() else { return };
         primary.made += 1;
         let version = Version { group: replica.version, number: primary.made };
-        let entry = Entry { key: Text::clone(&set.key), version, value: Text::clone(&set.val) };
+        let entry = Entry { key: Text::clone(key), version, content };
         self.table.prepare(point, &entry);
         replica.push(version, pending(point, &entry, Some(op)));
         replica.committed = replica.watermark();
         let seat = Record::Seat(replica.seat());
         self.records.push(seat);
-        self.keep_pending(point, entry);
+        self.keep_pending(vec![(point, entry)]);
         self.send_pending(now, start, Some(version), out);
     }
 
@@ -76,18 +86,24 @@ impl<T> Server<T> {
     ) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         let (group, committed) = (replica.in_group(), replica.watermark());
+        let settled = replica.settled;
         let Some(primary) = replica.primary.as_mut() else { return };
         if from.is_none() {
             primary.unsent = false;
         }
-        primary.told = (committed, now);
         let following = primary.following;
+        let mut is_told_to_all = true;
         let (mut requests, mut superseded) = (Vec::new(), Vec::new());
         for (fellow, to) in replica.fellows.iter().enumerate() {
-            if !following.has(fellow) {
-                primary.unsent = true;
+            if to.aside {
                 continue;
             }
+            if !following.has(fellow) {
+                primary.unsent = true;
+                is_told_to_all = false;
+                continue;
+            }
+            let before = requests.len();
             let (mut entries, mut bytes) = (Vec::new(), 0);
             for (version, pending) in replica.pending.range_mut(from.unwrap_or_default()..) {
                 if pending.asked.has(fellow) {
@@ -101,7 +117,7 @@ impl<T> Server<T> {
                 bytes += entry.bytes();
                 pending.asked.add(fellow);
                 entries.push(entry);
-                if bytes >= MAX_BATCH_BYTES {
+                if bytes >= self.settings.batch.bytes {
                     requests.push((to.address, fellow, std::mem::take(&mut entries)));
                     bytes = 0;
                 }
@@ -109,12 +125,16 @@ impl<T> Server<T> {
             if !entries.is_empty() {
                 requests.push((to.address, fellow, entries));
             }
+            is_told_to_all &= requests.len() > before;
+        }
+        if is_told_to_all {
+            primary.told = (committed, now);
         }
         for (to, fellow, entries) in requests {
             let versions = entries.iter().map(|entry| entry.version).collect();
             let InGroup { start, version } = group;
-            let prepare = Prepare { start, version, committed, entries };
-            let purpose = Purpose::Prepare { group, fellow, versions };
+            let prepare = Prepare { start, version, committed, settled, entries };
+            let purpose = Purpose::Prepare { group, fellow, versions, committed };
             self.call(to, Request::Peer(Peer::Prepare(prepare)), purpose, out);
         }
         // A newer value of the same key is committed: nobody can see these.
@@ -128,6 +148,7 @@ impl<T> Server<T> {
         let taken = self.replicas.get_mut(&start).and_then(|replica| replica.take(version));
         let Some(Pending { point, key, op, .. }) = taken else { return };
         self.table.commit(point, &key, version);
+        self.note_if_deleted(start, point, &key);
         if let Some(op) = op {
             self.end_written(op, &key, version, out);
         }
@@ -186,9 +207,7 @@ impl<T> Server<T> {
                 }
             }
         }
-        for (point, entry) in news {
-            self.keep_pending(point, entry);
-        }
+        self.keep_pending(news);
         self.go_on_if_all_follow(now, group.start, out);
     }
 
@@ -223,18 +242,17 @@ impl<T> Server<T> {
     pub(super) fn prepare_answered(
         &mut self,
         now: Time,
-        group: InGroup,
-        fellow: usize,
-        versions: &[Version],
+        sent: Sent,
         result: Result<Answer, CallError>,
         out: &mut Effects<T>,
     ) {
+        let Sent { group, fellow, versions, committed } = sent;
         let Some(replica) = self.replicas.get_mut(&group.start) else { return };
         if replica.version != group.version {
             return;
         }
         let is_prepared = matches!(result, Ok(Answer::Prepared {}));
-        for version in versions {
+        for version in &versions {
             let Some(pending) = replica.pending.get_mut(version) else { continue };
             if is_prepared {
                 pending.acknowledged.add(fellow);
@@ -245,10 +263,71 @@ impl<T> Server<T> {
         if !is_prepared {
             if let Some(primary) = replica.primary.as_mut() {
                 primary.unsent = true;
+                primary.told.0 = Version::default();
             }
             return;
         }
-        self.commit_if_everywhere(now, group.start, versions, out);
+        if let Some(primary) = replica.primary.as_mut() {
+            let heard = primary.heard.entry(fellow).or_default();
+            *heard = committed.max(*heard);
+        }
+        self.commit_if_everywhere(now, group.start, &versions, out);
+    }
+
+    /// At the primary: forgets the deletions that have been settled.
+    fn forget_if_settled(&mut self, start: Point) {
+        let replica = self.replicas.get(&start).filter(|replica| replica.is_serving());
+        let Some(replica) = replica.filter(|replica| !replica.deleted.is_empty()) else { return };
+        let settled = replica.settled_by_all();
+        if self.forget_deleted(start, settled)
+            && let Some(primary) = self.replicas.get_mut(&start).and_then(|it| it.primary.as_mut())
+        {
+            primary.forgot = true;
+        }
+    }
+
+    /// Remembers that what is committed of `key` is a deletion, if it is, to forget
+    /// it when it is settled.
+    fn note_if_deleted(&mut self, start: Point, point: Point, key: &Text) {
+        let Some(held) = self.table.get(point, key) else { return };
+        if held.content.is_forgettable()
+            && let Some(replica) = self.replicas.get_mut(&start)
+            && replica.fetched == Fetched::All
+        {
+            replica.deleted.insert(held.version, (point, Text::clone(key)));
+        }
+    }
+
+    /// Finds the deletions in the arc at `start`, everything of which is here now.
+    pub(super) fn find_deleted(&mut self, start: Point) {
+        let Some(replica) = self.replicas.get_mut(&start) else { return };
+        let deleted = self.table.deleted(replica.arc);
+        replica.deleted =
+            deleted.map(|(version, point, key)| (version, (point, Text::clone(key)))).collect();
+        let settled = replica.settled;
+        self.forget_deleted(start, settled);
+    }
+
+    /// Forgets the deletions in the arc at `start` up to `settled`. Returns whether
+    /// there were any.
+    fn forget_deleted(&mut self, start: Point, settled: Version) -> bool {
+        let Some(replica) = self.replicas.get_mut(&start) else { return false };
+        replica.settled = replica.settled.max(settled);
+        if replica.fetched != Fetched::All {
+            return false;
+        }
+        let mut has_forgotten = false;
+        while let Some(first) = replica.deleted.first_entry() {
+            if *first.key() > replica.settled {
+                break;
+            }
+            let (version, (point, key)) = first.remove_entry();
+            if self.table.forget_deleted(point, &key, version) {
+                self.records.push(Record::Drop { point, key });
+                has_forgotten = true;
+            }
+        }
+        has_forgotten
     }
 
     /// At the primary: commits those of `versions` that are on every disk.
@@ -281,11 +360,14 @@ impl<T> Server<T> {
     pub(super) fn remind_fellows(&mut self, now: Time, out: &mut Effects<T>) {
         for start in self.replicas.keys().copied().collect::<Vec<_>>() {
             self.ask_to_follow(start, out);
+            self.forget_if_settled(start);
             let Some(replica) = self.replicas.get(&start) else { continue };
             let Some(primary) = &replica.primary else { continue };
             if primary.unsent && (primary.serving || replica.all_follow()) {
                 self.send_pending(now, start, None, out);
-            } else if primary.told.0 < replica.watermark() && primary.told.1 + TELL <= now {
+            } else if (primary.told.0 < replica.watermark() || primary.forgot)
+                && primary.told.1 + TELL <= now
+            {
                 self.tell_watermark(now, start, out);
             }
         }
@@ -294,14 +376,16 @@ impl<T> Server<T> {
     fn tell_watermark(&mut self, now: Time, start: Point, out: &mut Effects<T>) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         let (group, committed) = (replica.in_group(), replica.watermark());
-        let all = replica.all_follow();
+        let (all, settled) = (replica.all_follow(), replica.settled);
         let Some(primary) = replica.primary.as_mut().filter(|_| all) else { return };
         primary.told = (committed, now);
+        primary.forgot = false;
         let fellows: Vec<_> = replica.fellows.iter().map(|fellow| fellow.address).collect();
         for (fellow, to) in fellows.into_iter().enumerate() {
             let InGroup { start, version } = group;
-            let prepare = Prepare { start, version, committed, entries: Vec::new() };
-            let purpose = Purpose::Prepare { group, fellow, versions: Vec::new() };
+            let entries = Vec::new();
+            let prepare = Prepare { start, version, committed, settled, entries };
+            let purpose = Purpose::Prepare { group, fellow, versions: Vec::new(), committed };
             self.call(to, Request::Peer(Peer::Prepare(prepare)), purpose, out);
         }
     }
@@ -342,7 +426,13 @@ impl<T> Server<T> {
             }
             Peer::Fetch(fetch) if replica.is_serving() => {
                 let Fetch { after, until, held, .. } = fetch;
-                let page = self.table.page(replica.arc, after.as_ref(), until.as_ref(), held);
+                let page = self.table.page(
+                    replica.arc,
+                    after.as_ref(),
+                    until.as_ref(),
+                    held,
+                    self.settings.batch.bytes,
+                );
                 let reached = page.next.as_ref().or(until.as_ref());
                 let left =
                     reached.map_or(0, |reached| self.table.count(replica.arc, Some(reached)));
@@ -360,7 +450,10 @@ impl<T> Server<T> {
         let mut news = Vec::new();
         for entry in prepare.entries {
             let point = Point::of(&entry.key);
-            if replica.arc.contains(point) && self.table.prepare(point, &entry) {
+            // What was settled here and comes once more, late, may have been deleted and
+            // forgotten since: nothing that is held would tell that it is old.
+            let is_settled = entry.version <= replica.settled;
+            if !is_settled && replica.arc.contains(point) && self.table.prepare(point, &entry) {
                 replica.push(entry.version, pending(point, &entry, None));
                 news.push((point, entry));
             }
@@ -370,10 +463,9 @@ impl<T> Server<T> {
             let seat = Record::Seat(replica.seat());
             self.records.push(seat);
         }
-        for (point, entry) in news {
-            self.keep_pending(point, entry);
-        }
+        self.keep_pending(news);
         self.commit_up_to(start, prepare.committed, out);
+        self.forget_deleted(start, prepare.settled);
     }
 
     /// At a secondary: everything up to `committed` is committed.

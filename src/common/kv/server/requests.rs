@@ -4,11 +4,14 @@ use super::{
     CallError, CallId, Effect, Effects, Following, MAX_OPS, OpId, Operation, PATIENCE, Purpose,
     RETRY, Server, Stage, Style,
 };
+use crate::kv::content::{Content, Fence, Fences, MAX_FENCES, Objection};
 use crate::kv::marks::Ruling;
 use crate::kv::messages::{
-    Answer, Commit, Get, MAX_KEYS_PAGE, Op, Public, QueryAllKeys, Reply, Request, Set, Setr, Vote,
+    Answer, Commit, Delete, Get, Load, MAX_KEYS_PAGE, Op, Public, QueryAllKeys, Reply, Request,
+    Set, Setr, Vote, Write,
 };
 use crate::kv::ring::Point;
+use crate::kv::table::Versioned;
 use crate::kv::{MAX_BATCH_BYTES, Text, Version};
 use crate::machine::Time;
 use crate::wire::Refusal;
@@ -22,6 +25,14 @@ const VOTE_MEMORY: Duration = Duration::from_secs(60);
 
 /// How many such votes it remembers.
 const MAX_VOTES: usize = 100_000;
+
+/// What a write depends on.
+#[derive(Clone, Copy, Debug, Default)]
+struct Condition<'a> {
+    if_version: Option<Version>,
+    fence: Option<&'a Fence>,
+    exists: bool,
+}
 
 /// What trying an operation here and now leads to.
 enum Attempt {
@@ -48,11 +59,8 @@ impl<T> Server<T> {
                 self.local.insert((Point::of(&key), key), val);
                 status("ok")
             }
-            Public::Get(get) => match self.local.get(&(Point::of(&get.key), Text::clone(&get.key)))
-            {
-                Some(value) => {
-                    Reply::Value { status: "ok", value: Text::clone(value), version: None }
-                }
+            Public::Get(get) => match self.own_value(&get.key) {
+                Some(reply) => reply,
                 None if is_original => status("not_found"),
                 None => return self.begin(now, from, Style::Get, Op::PrimaryGet(get), out),
             },
@@ -61,14 +69,21 @@ impl<T> Server<T> {
             Public::Getr(get) => {
                 return self.begin(now, from, Style::Own, Op::PrimaryGet(get), out);
             }
-            Public::Setr(Setr { key, val, direct }) => {
+            Public::Setr(Setr { key, val, direct, if_version, fence }) => {
                 let is_commit = !direct && self.voted.get(&key).is_some_and(|until| *until > now);
                 let (style, op) = if is_commit {
                     (Style::Original, Op::PrimaryCommit(Commit { key, val, via }))
                 } else {
-                    (Style::Own, Op::PrimarySet(Set { key, val }))
+                    (Style::Own, Op::PrimarySet(Write { key, val, if_version, fence }))
                 };
                 return self.begin(now, from, style, op, out);
+            }
+            Public::Delr(delete) => {
+                return self.begin(now, from, Style::Own, Op::PrimaryDelete(delete), out);
+            }
+            Public::Backup(place) => self.backup(now, &place),
+            Public::Load(load) => {
+                return self.begin(now, from, Style::Own, Op::PrimaryLoad(load), out);
             }
             Public::SetrRequest(Get { key }) => {
                 let op = Op::PrimaryVote(Vote { key, via });
@@ -80,6 +95,32 @@ impl<T> Server<T> {
             }
         };
         out.push(Effect::Reply { to: from, reply });
+    }
+
+    /// The answer to a read that this server can give as it stands, without a step:
+    /// many can be given at the same time.
+    pub fn answer_now(&self, now: Time, request: &Request) -> Option<Reply> {
+        let (get, style) = match request {
+            Request::Public(Public::Get(get)) => (get, Style::Get),
+            Request::Public(Public::Getr(get)) => (get, Style::Own),
+            _ => return None,
+        };
+        if let (Style::Get, Some(reply)) = (style, self.own_value(&get.key)) {
+            return Some(reply);
+        }
+        if matches!(self.following, Following::Original(_)) {
+            return None;
+        }
+        found(self.read(now, &get.key)?, style).ok()
+    }
+
+    /// The value of `key` in this server's own namespace.
+    fn own_value(&self, key: &Text) -> Option<Reply> {
+        if self.local.is_empty() {
+            return None;
+        }
+        let value = self.local.get(&(Point::of(key), Text::clone(key)))?;
+        Some(Reply::Value { status: "ok", value: Text::clone(value), version: None })
     }
 
     /// Under an original viewleader there are no groups: each server keeps what
@@ -94,7 +135,7 @@ impl<T> Server<T> {
                     Reply::VoteRefused { reply: "no" }
                 }
             }
-            Public::Setr(Setr { key, val, direct: false }) => {
+            Public::Setr(Setr { key, val, direct: false, if_version: None, fence: None }) => {
                 self.marks.deny(now, &key, via);
                 self.local.insert((Point::of(&key), key), val);
                 Reply::Empty {}
@@ -173,9 +214,11 @@ impl<T> Server<T> {
     fn read(&self, now: Time, key: &Text) -> Option<Answer> {
         let point = Point::of(key);
         let serves = self.replica_at(point)?.is_serving() && self.has_lease(now);
-        serves.then(|| match self.table.get(point, key) {
-            Some(held) => Answer::Value { version: held.version, value: Text::clone(&held.value) },
-            None => Answer::Absent {},
+        (serves && self.view.restoring.is_none()).then(|| match self.table.get(point, key) {
+            Some(Versioned { version, content: Content { value: Some(value), .. } }) => {
+                Answer::Value { version: *version, value: Text::clone(value) }
+            }
+            Some(_) | None => Answer::Absent {},
         })
     }
 
@@ -230,7 +273,18 @@ impl<T> Server<T> {
         if !serves || !self.has_lease(now) {
             return Attempt::NotHere;
         }
-        let set = match op {
+        if let Some(answer) = self.refusal_while_restoring(op) {
+            return Attempt::Answer(answer);
+        }
+        if op.is_write()
+            && let Some(server) = self.full_disk(point)
+        {
+            return Attempt::Answer(Answer::Full { server: Some(server) });
+        }
+        if op.is_write() && !self.has_place(point) {
+            return Attempt::NotHere;
+        }
+        let (key, value, condition) = match op {
             Op::PrimaryGet(get) => {
                 return self.read(now, &get.key).map_or(Attempt::NotHere, Attempt::Answer);
             }
@@ -242,12 +296,6 @@ impl<T> Server<T> {
                 let ok = self.marks.deny(now, &vote.key, vote.via);
                 return Attempt::Answer(Answer::Vote { ok, epoch: self.view.epoch });
             }
-            Op::PrimaryCommit(_) | Op::PrimarySet(_) if self.full_disk(point).is_some() => {
-                return Attempt::Answer(Answer::Full { server: self.full_disk(point) });
-            }
-            Op::PrimaryCommit(_) | Op::PrimarySet(_) if !self.has_place(point) => {
-                return Attempt::NotHere;
-            }
             Op::PrimaryCommit(commit) => {
                 match self.marks.commit(now, &commit.key, commit.via, &commit.val) {
                     Ruling::Write => {}
@@ -255,12 +303,61 @@ impl<T> Server<T> {
                     Ruling::Written(version) => return Attempt::Answer(Answer::Done { version }),
                     Ruling::NoVote => return Attempt::Answer(Answer::NoVote {}),
                 }
-                Set { key: Text::clone(&commit.key), val: Text::clone(&commit.val) }
+                (&commit.key, Some(&commit.val), Condition::default())
             }
-            Op::PrimarySet(set) => set.clone(),
+            Op::PrimarySet(Write { key, val, if_version, fence }) => {
+                let fence = fence.as_ref();
+                (key, Some(val), Condition { if_version: *if_version, fence, exists: false })
+            }
+            Op::PrimaryDelete(Delete { key, if_version, fence }) => {
+                let fence = fence.as_ref();
+                (key, None, Condition { if_version: *if_version, fence, exists: true })
+            }
+            Op::PrimaryLoad(Load { entry, .. }) => {
+                self.write(now, (point, &entry.key), entry.content.clone(), id, out);
+                return Attempt::Writing;
+            }
         };
-        self.write(now, point, &set, id, out);
+        let fences = match self.check(point, key, &condition) {
+            Ok(fences) => fences,
+            Err(attempt) => return attempt,
+        };
+        let content = Content { value: value.map(Text::clone), fences };
+        self.write(now, (point, key), content, id, out);
         Attempt::Writing
+    }
+
+    /// What a key is to remember of locks after a write of it, if what the write
+    /// depends on is so. It is so or not by the last write before it, committed or
+    /// not: that one comes first, whatever becomes of it. But only what is committed
+    /// may be told.
+    fn check(&self, point: Point, key: &str, condition: &Condition<'_>) -> Result<Fences, Attempt> {
+        let (newest, is_committed) = self.table.newest(point, key);
+        let fences = newest.map(|held| held.content.fences.clone()).unwrap_or_default();
+        let version = newest.filter(|held| held.value().is_some()).map(|held| held.version);
+        let object = |objection| Err(Attempt::Answer(Answer::Refused(objection)));
+        if let Some(fence) = condition.fence
+            && !self.view.burnt.is_none()
+            && fence.token <= self.view.burnt
+        {
+            return object(Objection::Burnt {});
+        }
+        // A newer token was granted, whatever becomes of the write that brought it.
+        if let Some(fence) = condition.fence
+            && let Some(token) = fences.newest(&fence.lock).filter(|seen| *seen > fence.token)
+        {
+            return object(Objection::Fenced { token });
+        }
+        let is_there = condition.if_version.is_none_or(|at| at == version.unwrap_or_default());
+        let exists = version.is_some() || !condition.exists;
+        match (is_there, exists) {
+            (true, true) => {}
+            _ if !is_committed => return Err(Attempt::NotHere),
+            (false, _) => return object(Objection::Conflict { version }),
+            (true, false) => return Err(Attempt::Answer(Answer::Absent {})),
+        }
+        let Some(fence) = condition.fence else { return Ok(fences) };
+        fences.with(fence).map_or_else(|| object(Objection::TooManyFences {}), Ok)
     }
 
     /// Why it is no use to wait for somebody who serves `point`, if it is none.
@@ -342,7 +439,11 @@ impl<T> Server<T> {
         version: Version,
         out: &mut Effects<T>,
     ) {
-        self.marks.written(key, version);
+        // Another write of the key is not what its mark waits for.
+        let is_commit = |operation: &Operation<T>| matches!(operation.op, Op::PrimaryCommit(_));
+        if self.operations.get(&id).is_some_and(is_commit) {
+            self.marks.written(key, version);
+        }
         self.end(Time::default(), id, Answer::Done { version }, out);
     }
 
@@ -365,9 +466,7 @@ impl<T> Server<T> {
                 Op::PrimaryVote(_) | Op::PrimaryDeny(_) => {
                     self.end(now, id, Answer::Vote { ok: false, epoch }, out);
                 }
-                Op::PrimarySet(_) | Op::PrimaryCommit(_) if begun => {
-                    self.end(now, id, Answer::Unknown {}, out);
-                }
+                op if op.is_write() && begun => self.end(now, id, Answer::Unknown {}, out),
                 op => {
                     let refusal = self.refusal_of_overdue(Point::of(op.key()));
                     self.refuse(id, refusal, out);
@@ -415,12 +514,14 @@ impl<T> Server<T> {
         out: &mut Effects<T>,
     ) {
         let own = style == Style::Own;
+        if style == Style::Server {
+            return out.push(Effect::Reply { to, reply: Reply::Peer(answer) });
+        }
+        let answer = match found(answer, style) {
+            Ok(reply) => return out.push(Effect::Reply { to, reply }),
+            Err(other) => other,
+        };
         let reply = match answer {
-            answer if style == Style::Server => Reply::Peer(answer),
-            Answer::Value { version, value } => {
-                Reply::Value { status: "ok", value, version: own.then_some(version) }
-            }
-            Answer::Absent {} => Reply::Status { status: "not_found", version: None },
             Answer::Done { version } if own => {
                 Reply::Status { status: "ok", version: Some(version) }
             }
@@ -432,11 +533,21 @@ impl<T> Server<T> {
             Answer::Unknown {} if own => Reply::Refused(Refusal::unknown_outcome(
                 "the write may or may not have been made, now or soon: read the key to find out",
             )),
+            Answer::Restoring {} if own || style == Style::Get => {
+                Reply::Refused(Refusal::unavailable(
+                    "nothing was done: the cluster is being restored from a backup; try again \
+                     when that is done",
+                ))
+            }
+            Answer::NotLoading {} if own => Reply::Refused(Refusal::invalid(
+                "nothing was written: the cluster is not being restored from that backup",
+            )),
+            Answer::Refused(objection) if own => Reply::Refused(refusal_of(op, &objection)),
             Answer::Full { server } if own => {
                 let server = server.map_or_else(|| "a server".to_owned(), |it| it.to_string());
                 Reply::Refused(Refusal::unavailable(format!(
                     "nothing was written: the disk of {server}, which holds the key, is full; \
-                     make room there, or stop that server"
+                     make room there, or drain that server"
                 )))
             }
             _ => return out.push(Effect::Close { to }),
@@ -458,6 +569,50 @@ impl<T> Server<T> {
                 Reply::Empty {}
             }
         }
+    }
+}
+
+/// Tells a client what a read has found; any other answer comes back.
+fn found(answer: Answer, style: Style) -> Result<Reply, Answer> {
+    match answer {
+        Answer::Value { version, value } => {
+            let version = (style == Style::Own).then_some(version);
+            Ok(Reply::Value { status: "ok", value, version })
+        }
+        Answer::Absent {} => Ok(Reply::Status { status: "not_found", version: None }),
+        other => Err(other),
+    }
+}
+
+/// Tells a client why its write was not made.
+fn refusal_of(op: &Op, objection: &Objection) -> Refusal {
+    match objection {
+        Objection::Conflict { version: Some(version) } => Refusal::conflict(format!(
+            "nothing was written: the key is at version {version}; read it and try again"
+        )),
+        Objection::Conflict { version: None } => {
+            Refusal::conflict("nothing was written: there is no such key")
+        }
+        Objection::Fenced { token } => {
+            let fence = match op {
+                Op::PrimarySet(write) => write.fence.as_ref(),
+                Op::PrimaryDelete(delete) => delete.fence.as_ref(),
+                _ => None,
+            };
+            let lock = fence.map_or("", |fence| &*fence.lock);
+            Refusal::fenced(format!(
+                "nothing was written: a later holder of the lock {lock:?} has written the key, with \
+                 token {token}; this one's lock is lost: get it again"
+            ))
+        }
+        Objection::Burnt {} => Refusal::fenced(
+            "nothing was written: the token is from before the cluster was restored from a \
+             backup; get the lock again",
+        ),
+        Objection::TooManyFences {} => Refusal::invalid(format!(
+            "the key remembers the tokens of {MAX_FENCES} locks already, the most that it can: \
+             use one of them, or another key"
+        )),
     }
 }
 

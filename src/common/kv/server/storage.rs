@@ -16,7 +16,7 @@ impl<T> Server<T> {
     pub(super) fn recover(&mut self, recovered: Recovered) {
         let Recovered { mut person, seats, entries } = recovered;
         if !person.synced && person.id.is_some() {
-            person.formerly = person.id.take();
+            person.becomes_another();
         }
         let goes_on = person.id.is_some();
         for seat in seats {
@@ -33,6 +33,8 @@ impl<T> Server<T> {
                 fetching: false,
                 left: 0,
                 committed: seat.committed,
+                settled: Version::default(),
+                deleted: BTreeMap::new(),
                 counted_ready: false,
                 counted_established: false,
             };
@@ -66,6 +68,9 @@ impl<T> Server<T> {
         if !goes_on {
             self.replicas.clear();
         }
+        for start in self.replicas.keys().copied().collect::<Vec<_>>() {
+            self.find_deleted(start);
+        }
         self.person = person;
         self.person.starts += 1;
         let start = Start { count: self.person.starts, drawn: self.settings.drawn };
@@ -90,16 +95,21 @@ impl<T> Server<T> {
         self.awaited.push_back((batch, then));
     }
 
-    /// Keeps an entry that is pending, and counts this server's own copy of it
-    /// once it is stored.
-    pub(super) fn keep_pending(&mut self, point: Point, entry: Entry) {
-        let version = entry.version;
-        // The disk keeps the newest only. One that a newer one has overtaken is
-        // superseded by it, whatever becomes of either.
-        if self.table.is_newest(point, &entry.key, version) {
-            self.records.push(Record::Entry { point, entry });
+    /// Keeps entries that are pending, and counts this server's own copies of them
+    /// once they are stored.
+    pub(super) fn keep_pending(&mut self, entries: Vec<(Point, Entry)>) {
+        let places = entries.iter().map(|(point, entry)| (*point, entry.version));
+        let places: Vec<_> = places.collect();
+        for (point, entry) in entries {
+            // The disk keeps the newest only. One that a newer one has overtaken is
+            // superseded by it, whatever becomes of either, once that is stored.
+            if self.table.is_newest(point, &entry.key, entry.version) {
+                self.records.push(Record::Entry { point, entry });
+            }
         }
-        self.then(Then::Own { point, version });
+        for (point, version) in places {
+            self.then(Then::Own { point, version });
+        }
     }
 
     /// Gives the records of this step to the shell, and does what waits for

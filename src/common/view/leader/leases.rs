@@ -58,9 +58,11 @@ impl<T> Leader<T> {
         self.propose(Change::Expel(gone), Asker::Nobody, effects);
     }
 
+    /// Takes a heartbeat that has `arrived` and is confirmed by now.
     pub(super) fn heartbeat(
         &mut self,
         now: Time,
+        arrived: Time,
         to: T,
         host: Ipv4Addr,
         beat: Heartbeat,
@@ -98,7 +100,7 @@ impl<T> Leader<T> {
         }
         let address = beat.address.unwrap_or(SocketAddrV4::new(host, beat.port));
         let lease = wanted_lease(&beat);
-        let leased_until = now + margin(lease);
+        let leased_until = arrived + margin(lease);
         let is_restart = member.is_some_and(|m| m.start != beat.start && beat.start.is_some());
         let moved = member.is_some_and(|member| member.address != address);
         let change = match member {
@@ -119,6 +121,7 @@ impl<T> Leader<T> {
                 },
                 lineage: beat.lineage.clone(),
                 formerly: beat.formerly.clone(),
+                chosen_in: beat.chosen_in,
             },
             Some(_) if self.view().members.iter().any(|m| m.address == address && m.id != id) => {
                 let reply = self.beat_reply(Beat::Retry, &beat);
@@ -157,6 +160,19 @@ impl<T> Leader<T> {
             lease_ms: is_ours.then(|| wanted_lease(beat).as_millis() as u64),
             revision: is_ours.then_some(self.view().revision),
             free: status == Beat::Deny && beat.lease_ms.is_some() && self.is_free(&beat.requestor),
+            crowded: false,
+        })
+    }
+
+    /// Asks a server that would join to choose its place again.
+    pub(super) fn crowded_reply(&self) -> ViewReply {
+        ViewReply::Heartbeat(HeartbeatReply {
+            status: Beat::Retry,
+            epoch: Some(self.view().epoch),
+            lease_ms: None,
+            revision: None,
+            free: false,
+            crowded: true,
         })
     }
 }

@@ -7,13 +7,23 @@
 //! answered, and only then anybody sees it. So a viewleader that is killed at any
 //! instant comes back with everything that it has ever told.
 //!
+//! # One at a time
+//! Of a group of viewleaders one leads, and this machine is what it does while it
+//! leads; [`super::viewleader`] makes one when that begins and takes it apart
+//! ([`Leader::retire`]) when it ends. A leader that was cut off or asleep may not
+//! know that there is another one by now. A change proves itself: it is committed
+//! only by the one who leads. Any other answer waits until a majority has confirmed
+//! that this was the leader when the request came ([`Unconfirmed`]). Renewals of leases are such answers, so a lease
+//! is never renewed after the next leader has begun to count.
+//!
 //! # Leases
 //! Leases are not in the log. A server's lease runs, for the viewleader, from the
 //! moment its heartbeat was *received*, and somewhat longer than was asked for;
 //! for the server it runs from the moment the heartbeat was *sent*. As long as
 //! the two clocks' rates differ by less than [`DRIFT_PER_MILLE`], a server has
 //! stopped trusting its lease before anybody else is given its role. A viewleader
-//! that has just started gives every member one full lease.
+//! that begins to lead gives every member one full lease: whatever was renewed
+//! before runs out within it.
 //!
 //! Members whose leases run out at about the same time are put out together: see
 //! `leases.rs`.
@@ -25,26 +35,31 @@
 //! groups advance whenever there is something new, and is done when all are at
 //! rest. Workers follow each other: each waits for the lock in its turn.
 
+mod keeping;
 mod leases;
 mod rebalancing;
 
 pub use leases::{DRIFT_PER_MILLE, MAX_LEASE, MIN_LEASE, ORIGINAL_LEASE};
 pub use rebalancing::{Cause, REBALANCING, Worker};
 
+use keeping::{Deadlines, Waiter, grant_reply};
 use leases::{lease_of, margin};
 use rebalancing::Rebalance;
 
 use super::locks::Grant;
 use super::messages::{
-    Beat, Heartbeat, LockCall, Okay, Progress, QueryView, Report, ViewAnswer, ViewReply,
-    ViewRequest,
+    Beat, Heartbeat, LockCall, NumbersAnswer, Okay, Progress, QueryView, Report, ViewAnswer,
+    ViewReply, ViewRequest,
 };
+use super::restoring::{Restore, Step};
 use super::state::{Change, MAX_MEMBERS, Outcome, State};
 use super::{Dialect, Member, Revision, View};
+use crate::consensus::confirming::Unconfirmed;
+use crate::consensus::requests::NotLeader;
 use crate::machine::{Machine, Time};
 use crate::wire::{Identity, Refusal};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +72,9 @@ pub const MAX_WATCH_MS: u64 = 60_000;
 /// How many changes can be on their way into the log; beyond it, requests are
 /// refused.
 pub const MAX_PROPOSED: usize = 10_000;
+
+/// How many requests can wait to be confirmed; beyond it, requests are refused.
+pub const MAX_ASKED: usize = 20_000;
 
 /// What can happen to the viewleader. `T` names a request to its shell.
 #[derive(Debug)]
@@ -75,6 +93,12 @@ pub enum Input<T> {
     Committed {
         /// The index of the last one.
         index: u64,
+    },
+    /// When [`Effect::Confirm`] asked with this number, and before, this was the
+    /// leader, and all that was committed by then has been told.
+    Confirmed {
+        /// The number.
+        number: u64,
     },
     /// A rebalancing worker asks what to do.
     Work(Worker),
@@ -100,15 +124,22 @@ pub enum Effect<T> {
     },
     /// Append a change to the log, and say so with [`Input::Committed`].
     Append {
-        /// Its place in the log.
+        /// Counts the changes of this leader.
         index: u64,
         /// The change.
         change: Change,
     },
+    /// Find out whether this is the leader still, and say so with
+    /// [`Input::Confirmed`], or take it apart.
+    Confirm {
+        /// Greater than those before.
+        number: u64,
+    },
     /// Start a thread that asks [`Input::Work`] now and then, until it is told
     /// that it is done.
     StartWorker(Worker),
-    /// This worker is done. Its line, if it has one, is to be printed.
+    /// This worker has nothing more to do. Its line, if it has one, is to be
+    /// printed.
     WorkerDone(Worker, Option<String>),
     /// Something worth a line in the log.
     Note(String),
@@ -132,7 +163,23 @@ enum Asker<T> {
     },
     /// A client, about a lock or a drain.
     Client(T),
+    /// A client that asks for a lock.
+    Lock {
+        to: T,
+        call: LockCall,
+    },
+    /// A worker that gives its lock back, and what it has to say.
+    Worker(Worker, Option<String>),
     Nobody,
+}
+
+/// A request whose answer waits until this is confirmed to be the leader.
+#[derive(Debug)]
+struct Asked<T> {
+    arrived: Time,
+    from: T,
+    host: Ipv4Addr,
+    request: ViewRequest,
 }
 
 /// The viewleader.
@@ -146,11 +193,20 @@ pub struct Leader<T> {
     /// Changes on their way into the log, in order.
     proposed: VecDeque<(u64, Change, Asker<T>)>,
     last_index: u64,
+    asked: Unconfirmed<Asked<T>>,
     watchers: Vec<Watcher<T>>,
+    /// When places in the queues of locks are given up.
+    kept: Deadlines,
+    /// Who waits for a lock.
+    waiters: Vec<Waiter<T>>,
+    /// Somebody may hold a lock who has not held it before.
+    locks_changed: bool,
     /// The view as it was last shown, shared by all who ask for it.
     shown: Arc<View>,
     workers: BTreeSet<Worker>,
     last_worker: u64,
+    /// Workers of a leader before this one have left something to be completed.
+    inherits_work: bool,
     /// The revision at which groups were last let advance.
     advanced: Revision,
     /// What each server has reported last of what it fetches.
@@ -165,38 +221,55 @@ impl<T> Machine for Leader<T> {
     fn step(&mut self, now: Time, input: Input<T>, effects: &mut Vec<Effect<T>>) {
         if let Input::Slept(span) = input {
             self.leases.values_mut().for_each(|end| *end = *end + span);
+            self.kept.put_off(span);
         }
         // Before anything else, so that no reply depends on when a tick came.
         self.expire(now, effects);
+        self.expire_locks(now, effects);
         match input {
             Input::Request { from, host, request } => {
                 self.request(now, from, host, request, effects);
             }
-            Input::Committed { index } => self.committed(index, effects),
+            Input::Committed { index } => self.committed(now, index, effects),
+            Input::Confirmed { number } => {
+                for asked in self.asked.confirmed(number) {
+                    self.answer(now, asked, effects);
+                }
+            }
             Input::Work(worker) => self.work(now, worker, effects),
-            Input::Ending => self.watchers.iter_mut().for_each(|watcher| watcher.until = now),
+            Input::Ending => {
+                self.watchers.iter_mut().for_each(|watcher| watcher.until = now);
+                self.waiters.iter_mut().for_each(|waiter| waiter.end_wait(now));
+            }
             Input::Tick | Input::Slept(_) => {}
         }
+        effects.extend(self.asked.ask().map(|number| Effect::Confirm { number }));
         self.show(effects);
         self.wake(now, effects);
+        self.wake_waiters(now, effects);
     }
 }
 
 impl<T> Leader<T> {
-    /// The viewleader that goes on with `state`, in which the log ends with the
-    /// change `last_index`.
+    /// The viewleader that begins to lead with `state`, in which everything up to
+    /// `last_index` of the log is applied.
     pub fn new(now: Time, state: State, last_index: u64) -> Self {
         let full = |member: &Member| (member.id.clone(), now + margin(lease_of(member)));
         Self {
             leases: state.view().members.iter().map(full).collect(),
+            kept: Deadlines::full(now, &state),
+            waiters: Vec::new(),
+            locks_changed: false,
             shown: Arc::default(),
             state,
             expelling: BTreeSet::new(),
             proposed: VecDeque::new(),
             last_index,
+            asked: Unconfirmed::default(),
             watchers: Vec::new(),
             workers: BTreeSet::new(),
             last_worker: last_index,
+            inherits_work: false,
             advanced: Revision(0),
             progress: BTreeMap::new(),
             rebalance: Rebalance { ended: Some(now), ..Rebalance::default() },
@@ -208,10 +281,32 @@ impl<T> Leader<T> {
         self.proposed.front().map_or(self.last_index, |(index, ..)| index - 1)
     }
 
-    /// What would have to be kept if the log were cut here: the state, and the
-    /// index of the last change in it.
-    pub fn snapshot(&self) -> (u64, State) {
-        (self.applied(), self.state.clone())
+    /// The state, with all applied that is committed.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// It leads no more: `leader` does, if that is known. Nobody is kept waiting, and
+    /// the state goes on elsewhere.
+    pub fn retire(self, leader: Option<SocketAddrV4>, effects: &mut Vec<Effect<T>>) -> State {
+        let undone = || ViewReply::NotLeader(NotLeader::undone(leader));
+        let in_doubt = || ViewReply::NotLeader(NotLeader::in_doubt(leader));
+        for (.., asker) in self.proposed {
+            match asker {
+                Asker::Client(to) | Asker::Lock { to, .. } => {
+                    effects.push(Effect::Reply { to, reply: in_doubt() });
+                }
+                // A heartbeat may come twice.
+                Asker::Heartbeat { to, .. } => effects.push(Effect::Reply { to, reply: undone() }),
+                Asker::Worker(..) | Asker::Nobody => {}
+            }
+        }
+        let asked = self.asked.into_waiting().map(|asked| asked.from);
+        let waiting = asked.chain(self.watchers.into_iter().map(|watcher| watcher.to));
+        let waiting = waiting.chain(self.waiters.into_iter().map(Waiter::into_asker));
+        effects.extend(waiting.map(|to| Effect::Reply { to, reply: undone() }));
+        effects.extend(self.workers.into_iter().map(|worker| Effect::WorkerDone(worker, None)));
+        self.state
     }
 
     fn view(&self) -> &View {
@@ -226,47 +321,83 @@ impl<T> Leader<T> {
         request: ViewRequest,
         effects: &mut Vec<Effect<T>>,
     ) {
-        if self.proposed.len() >= MAX_PROPOSED {
+        if self.proposed.len() >= MAX_PROPOSED || self.asked.len() >= MAX_ASKED {
             let refusal = Refusal::unavailable("the viewleader is overloaded: try again later");
             return effects.push(Effect::Reply { to: from, reply: ViewReply::Refused(refusal) });
         }
+        match request {
+            ViewRequest::Report(report) => {
+                self.report(report, effects);
+                effects.push(Effect::Reply { to: from, reply: ViewReply::status("ok") });
+            }
+            ViewRequest::LockGet(call) if self.known_place(&call).is_none() => {
+                self.get_lock(now, from, call, effects);
+            }
+            ViewRequest::LockRelease(call) => {
+                self.propose(Change::LockRelease(call), Asker::Client(from), effects);
+            }
+            ViewRequest::Restore(restore) => {
+                self.propose(Change::Restore(restore), Asker::Client(from), effects);
+            }
+            ViewRequest::Drain(drain) => {
+                self.propose(Change::Drain(drain.server), Asker::Client(from), effects);
+            }
+            request => {
+                self.asked.push(Asked { arrived: now, from, host, request });
+            }
+        }
+    }
+
+    fn answer(&mut self, now: Time, asked: Asked<T>, effects: &mut Vec<Effect<T>>) {
+        let Asked { arrived, from, host, request, .. } = asked;
         let reply = match request {
-            ViewRequest::Heartbeat(beat) => return self.heartbeat(now, from, host, beat, effects),
+            ViewRequest::Heartbeat(beat) => {
+                return self.heartbeat(now, arrived, from, host, beat, effects);
+            }
             ViewRequest::QueryView(query) => return self.query_view(now, from, query, effects),
             ViewRequest::QueryServers {} => ViewReply::Servers {
                 result: self.view().members.iter().map(|m| (m.address, m.hash)).collect(),
                 epoch: self.view().epoch,
             },
-            ViewRequest::Report(report) => {
-                self.report(report, effects);
-                ViewReply::status("ok")
-            }
             ViewRequest::RebalanceStatus {} => ViewReply::Rebalance(self.rebalance_status(now)),
             ViewRequest::Status {} => ViewReply::Health(self.view().health(|id| {
                 let left = self.leases.get(id).map(|end| end.since(now));
                 left.unwrap_or_default().as_millis() as u64
             })),
             ViewRequest::LockGet(call) => match self.known_place(&call) {
-                Some(grant) => grant_reply(grant),
-                None => {
-                    return self.propose(Change::LockGet(call), Asker::Client(from), effects);
+                Some(grant) => {
+                    self.watch_place(arrived, &call.lockid, &call.requestor);
+                    return self.answer_lock(now, from, call, grant, effects);
                 }
+                None => return self.get_lock(arrived, from, call, effects),
             },
-            ViewRequest::LockRelease(call) => {
-                return self.propose(Change::LockRelease(call), Asker::Client(from), effects);
+            ViewRequest::LockKeep(keep) => self.keep_lock(arrived, &keep),
+            ViewRequest::LockList(list) => self.list_locks(now, &list),
+            ViewRequest::Numbers {} => {
+                let (status, numbers) = (Okay::Ok, self.state.numbers());
+                ViewReply::Numbers(NumbersAnswer { status, numbers })
             }
-            ViewRequest::Drain(drain) => {
-                let change = Change::Drain(drain.server);
-                return self.propose(change, Asker::Client(from), effects);
-            }
+            // These prove themselves by their changes, and do not come here.
+            ViewRequest::Report(_)
+            | ViewRequest::LockRelease(_)
+            | ViewRequest::Drain(_)
+            | ViewRequest::Restore(_) => return,
         };
         effects.push(Effect::Reply { to: from, reply });
     }
 
     /// Where the requestor of a lock stands already, if nothing that is on its way
-    /// into the log can change it.
+    /// into the log can change it. A request with a number must go there first: what
+    /// is not remembered would be carried out if it came again.
     fn known_place(&self, call: &LockCall) -> Option<Grant> {
-        self.proposed.is_empty().then(|| self.state.place_in_queue(call)).flatten()
+        let is_known = self.proposed.is_empty() && self.state.remembers(call.request);
+        is_known.then(|| self.state.place_in_queue(call)).flatten()
+    }
+
+    fn get_lock(&mut self, arrived: Time, from: T, call: LockCall, effects: &mut Vec<Effect<T>>) {
+        self.hear_of(arrived, &call.lockid, &call.requestor);
+        let asker = Asker::Lock { to: from, call: call.clone() };
+        self.propose(Change::LockGet(call), asker, effects);
     }
 
     fn propose(&mut self, change: Change, asker: Asker<T>, effects: &mut Vec<Effect<T>>) {
@@ -276,18 +407,35 @@ impl<T> Leader<T> {
     }
 
     /// Applies the changes up to `index`, and answers those who wait for them.
-    fn committed(&mut self, index: u64, effects: &mut Vec<Effect<T>>) {
+    fn committed(&mut self, now: Time, index: u64, effects: &mut Vec<Effect<T>>) {
         while self.proposed.front().is_some_and(|(first, ..)| *first <= index) {
             let Some((_, change, asker)) = self.proposed.pop_front() else { return };
-            self.tell(&change, effects);
+            let news = self.news_of(&change);
             if let Change::Expel(ids) = &change {
                 self.expelling.retain(|id| !ids.contains(id));
             }
+            let place = change.place().map(|(lock, who)| (lock.to_owned(), who.clone()));
             let outcome = self.state.apply(change);
+            if let Some((lock, requestor)) = place {
+                self.locks_changed = true;
+                self.watch_place(now, &lock, &requestor);
+            }
+            if let Some((note, cause)) = news.filter(|_| outcome == Outcome::Done) {
+                effects.push(Effect::Note(note));
+                cause.into_iter().for_each(|cause| self.start_worker(cause, effects));
+            }
             let view = self.state.view();
             self.leases.retain(|id, _| view.member(id).is_some());
             match asker {
                 Asker::Nobody => {}
+                Asker::Lock { to, call } => match outcome {
+                    Outcome::Lock(grant) => self.answer_lock(now, to, call, grant, effects),
+                    _ => effects.push(Effect::Reply { to, reply: outcome_reply(outcome) }),
+                },
+                Asker::Worker(worker, line) => {
+                    self.workers.remove(&worker);
+                    effects.push(Effect::WorkerDone(worker, line));
+                }
                 Asker::Client(to) => {
                     effects.push(Effect::Reply { to, reply: outcome_reply(outcome) });
                 }
@@ -295,9 +443,15 @@ impl<T> Leader<T> {
                     let reply = match outcome {
                         Outcome::Taken => self.beat_reply(Beat::Retry, &beat),
                         Outcome::Denied => self.beat_reply(Beat::Deny, &beat),
+                        Outcome::Crowded => self.crowded_reply(),
                         Outcome::Full => ViewReply::Refused(Refusal::unavailable(format!(
                             "there are {MAX_MEMBERS} servers already: no more can join"
                         ))),
+                        // Its lease ran out while this was on its way into the log, and its
+                        // expulsion is behind it.
+                        _ if self.expelling.contains(&beat.requestor) => {
+                            self.beat_reply(Beat::Retry, &beat)
+                        }
                         _ => {
                             self.leases.insert(beat.requestor.clone(), leased_until);
                             self.beat_reply(Beat::Ok, &beat)
@@ -309,41 +463,54 @@ impl<T> Leader<T> {
         }
     }
 
-    /// Notes a change of membership, and asks for the worker that it needs.
-    fn tell(&mut self, change: &Change, effects: &mut Vec<Effect<T>>) {
-        let note = match change {
+    /// What there is to tell of `change` once it is done, and why it needs a
+    /// rebalancing, if it does.
+    fn news_of(&self, change: &Change) -> Option<(String, Option<Cause>)> {
+        Some(match change {
             Change::Join { member, .. } if self.view().member(&member.id).is_none() => {
-                format!("{} ({}) joins, at {}", member.address, member.id, member.hash)
+                let Member { id, address, hash, dialect, .. } = member;
+                let is_ours = *dialect == Dialect::Ringleader;
+                (format!("{address} ({id}) joins, at {hash}"), is_ours.then_some(Cause::Added))
             }
-            Change::Restart { id, start } => format!("{id} goes on: its start {}", start.count),
+            Change::Restart { id, start } => {
+                (format!("{id} goes on: its start {}", start.count), None)
+            }
             Change::Expel(ids) => {
                 let names = ids.iter().filter_map(|id| self.view().member(id));
                 let names: Vec<String> =
                     names.map(|m| format!("{} ({})", m.address, m.id)).collect();
-                format!("{} out: no heartbeat for a lease", names.join(", "))
+                let note = format!("{} out: no heartbeat for a lease", names.join(", "));
+                (note, Some(Cause::Failed))
             }
-            Change::Drain(address) => format!("{address} is to leave"),
-            _ => return,
-        };
-        effects.push(Effect::Note(note));
-        match change {
-            Change::Join { member, .. } if member.dialect == Dialect::Original => {}
-            Change::Join { .. } => self.start_worker(Cause::Added, effects),
-            Change::Expel(_) | Change::Drain(_) => self.start_worker(Cause::Failed, effects),
-            _ => {}
-        }
+            Change::Restore(Restore { backup, step }) => {
+                let what = match step {
+                    Step::Begin { .. } => "restoring from the backup",
+                    Step::Load {} => "the cluster is empty: loading the backup",
+                    Step::Finish {} => "restored from the backup",
+                    Step::GiveUp {} => "the cluster is not empty: not restoring the backup",
+                };
+                (format!("{what} {backup}"), None)
+            }
+            Change::Drain(address) => (format!("{address} is to leave"), Some(Cause::Failed)),
+            _ => return None,
+        })
     }
 
     fn report(&mut self, report: Report, effects: &mut Vec<Effect<T>>) {
         let Report { requestor, ready, established, progress } = report;
         self.take_progress(&requestor, progress);
-        for (start, version) in ready {
-            let change = Change::Ready { id: requestor.clone(), start, version };
-            self.propose(change, Asker::Nobody, effects);
-        }
-        for (start, version) in established {
-            let change = Change::Established { id: requestor.clone(), start, version };
-            self.propose(change, Asker::Nobody, effects);
+        let id = || requestor.clone();
+        let ready =
+            ready.into_iter().map(|(start, version)| Change::Ready { id: id(), start, version });
+        let established = established.into_iter().map(|(start, version)| Change::Established {
+            id: id(),
+            start,
+            version,
+        });
+        for change in ready.chain(established) {
+            if self.state.is_news(&change) {
+                self.propose(change, Asker::Nobody, effects);
+            }
         }
     }
 
@@ -356,11 +523,11 @@ impl<T> Leader<T> {
                 let until = now + Duration::from_millis(wait);
                 self.watchers.push(Watcher { to: from, after, until });
             }
-            _ => effects.push(Effect::Reply { to: from, reply: self.answer() }),
+            _ => effects.push(Effect::Reply { to: from, reply: self.shown_view() }),
         }
     }
 
-    fn answer(&self) -> ViewReply {
+    fn shown_view(&self) -> ViewReply {
         ViewReply::View(ViewAnswer { status: Okay::Ok, view: Arc::clone(&self.shown) })
     }
 
@@ -384,16 +551,19 @@ impl<T> Leader<T> {
         }
         if before.revision == Revision(0) {
             // Workers of a viewleader that is no more hold nothing.
-            for requestor in self.state.waiting_for(REBALANCING) {
+            let queue = self.state.locks().queue(REBALANCING);
+            let queue: Vec<Identity> = queue.map(|place| place.requestor.clone()).collect();
+            for requestor in queue {
                 let lockid = REBALANCING.to_owned();
                 if requestor.as_str().starts_with(REBALANCING) {
-                    let change = Change::LockRelease(LockCall { lockid, requestor });
+                    self.inherits_work = true;
+                    let change = Change::LockRelease(LockCall::new(lockid, requestor));
                     self.propose(change, Asker::Nobody, effects);
                 }
             }
         }
-        if before.revision == Revision(0) && !self.shown.is_settled() {
-            // A viewleader that has just started goes on with what was begun.
+        if before.revision == Revision(0) && (self.inherits_work || !self.shown.is_settled()) {
+            // A leader goes on with what the one before it has begun.
             self.start_worker(Cause::Failed, effects);
         }
     }
@@ -404,21 +574,11 @@ impl<T> Leader<T> {
         let waiting = std::mem::take(&mut self.watchers);
         for watcher in waiting {
             if revision > watcher.after || watcher.until <= now {
-                effects.push(Effect::Reply { to: watcher.to, reply: self.answer() });
+                effects.push(Effect::Reply { to: watcher.to, reply: self.shown_view() });
             } else {
                 self.watchers.push(watcher);
             }
         }
-    }
-}
-
-fn grant_reply(grant: Grant) -> ViewReply {
-    match grant {
-        Grant::Granted => ViewReply::status("granted"),
-        Grant::Queued { ahead } => ViewReply::Status { status: "retry", position: Some(ahead) },
-        Grant::Full => ViewReply::Refused(Refusal::unavailable(
-            "too many locks or too many waiting for this one: try again later",
-        )),
     }
 }
 
@@ -429,6 +589,7 @@ fn outcome_reply(outcome: Outcome) -> ViewReply {
         Outcome::Last => ViewReply::Refused(Refusal::invalid(
             "it is the last server that stays: start another one first",
         )),
+        Outcome::NotRestored(why) => ViewReply::Refused(Refusal::conflict(why.to_string())),
         _ => ViewReply::status("ok"),
     }
 }

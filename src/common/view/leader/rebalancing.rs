@@ -40,7 +40,7 @@ impl Worker {
 
     pub(super) fn lock_call(self) -> LockCall {
         let requestor = Identity::text(format!("{}-{}", self.name(), self.number));
-        LockCall { lockid: REBALANCING.to_owned(), requestor }
+        LockCall::new(REBALANCING.to_owned(), requestor)
     }
 }
 
@@ -67,7 +67,7 @@ impl<T> Leader<T> {
     }
 
     fn holds_lock(&self, worker: Worker) -> bool {
-        self.state.place_in_queue(&worker.lock_call()) == Some(Grant::Granted)
+        matches!(self.state.place_in_queue(&worker.lock_call()), Some(Grant::Granted { .. }))
     }
 
     /// One look of a worker: it takes the lock, lets the groups advance when
@@ -78,12 +78,10 @@ impl<T> Leader<T> {
         }
         match self.state.place_in_queue(&worker.lock_call()) {
             None => self.propose(Change::LockGet(worker.lock_call()), Asker::Nobody, effects),
-            Some(Grant::Granted) if self.view().is_settled() => {
-                self.workers.remove(&worker);
-                let has_worked = self.advanced > Revision(0);
-                self.advanced = Revision(0);
+            Some(Grant::Granted { .. }) if self.view().is_settled() => {
+                let has_worked = self.advanced > Revision(0) || self.inherits_work;
+                (self.advanced, self.inherits_work) = (Revision(0), false);
                 self.rebalance.ended = Some(now);
-                self.propose(Change::LockRelease(worker.lock_call()), Asker::Nobody, effects);
                 let Progress { keys, bytes, needed, .. } = self.rebalance.moved;
                 let line = has_worked.then(|| {
                     let epoch = self.view().epoch;
@@ -92,9 +90,12 @@ impl<T> Leader<T> {
                          was {needed} bytes"
                     )
                 });
-                effects.push(Effect::WorkerDone(worker, line));
+                // It says so when the lock is free for certain. Who leads next would
+                // else find it taken, complete the work once more, and say so again.
+                let release = Change::LockRelease(worker.lock_call());
+                self.propose(release, Asker::Worker(worker, line), effects);
             }
-            Some(Grant::Granted) if self.advanced < self.view().revision => {
+            Some(Grant::Granted { .. }) if self.advanced < self.view().revision => {
                 self.propose(Change::Advance, Asker::Nobody, effects);
                 if self.advanced == Revision(0) {
                     self.rebalance = Rebalance { began: now, ..Rebalance::default() };
