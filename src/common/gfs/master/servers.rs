@@ -1,0 +1,359 @@
+//! Chunkservers: heartbeats, leases, and what each of them holds.
+//!
+//! A chunkserver that is not known, or whose lease has run out, has to *link*: it
+//! stops leading, and says all that it holds. From then on the master knows better
+//! than the chunkserver what its copies are worth, and tells it with every
+//! answer: *fences*, what it may not serve while a round is under way that it has
+//! not agreed to; and what to *delete*. An answer that names them renews the lease,
+//! so nobody serves what it was not allowed to serve when its lease began.
+//!
+//! A chunkserver of the original says with each sign of life what it holds, and takes
+//! orders to delete. It knows of no leases and no fences.
+
+use super::{Asker, Effect, Leader, refuse};
+use crate::gfs::messages::{Beat, BeatReply, Heartbeat, MasterReply};
+use crate::gfs::state::Change;
+use crate::gfs::{ChunkId, LEASE, ORIGINAL_LEASE, ServerNo, Version, lease_margin};
+use crate::machine::Time;
+use crate::wire::Refusal;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddrV4;
+use std::time::Duration;
+
+/// How often a chunkserver is asked for all that it holds.
+pub(super) const INVENTORY_EVERY: Duration = Duration::from_secs(60);
+
+/// What was heard of a copy less than this ago is not taken back by an inventory,
+/// which may have been written before.
+const INVENTORY_GRACE: Duration = Duration::from_secs(10);
+
+/// How many copies one answer orders to be deleted.
+const MAX_DELETED_AT_ONCE: usize = 1_000;
+
+/// A chunkserver whose lease is live.
+#[derive(Debug)]
+pub(super) struct Alive {
+    pub(super) start: u64,
+    pub(super) address: SocketAddrV4,
+    pub(super) lease_until: Time,
+    pub(super) rack: Box<str>,
+    pub(super) used: u64,
+    pub(super) free: u64,
+    pub(super) full: bool,
+    /// Whether it is a program of the original.
+    pub(super) original: bool,
+    /// The copies that count, and when each was heard of.
+    pub(super) holds: BTreeMap<ChunkId, Time>,
+    /// What it must not serve below these versions.
+    pub(super) fences: BTreeMap<ChunkId, Version>,
+    /// What it must delete, unless it has a higher version.
+    pub(super) doomed: BTreeMap<ChunkId, Version>,
+    /// Chunks that a primary could not reach it for, and under which version.
+    pub(super) silent: BTreeMap<ChunkId, Version>,
+    /// Chunks that were put there lately.
+    pub(super) recent: u32,
+    inventory_at: Time,
+}
+
+impl Alive {
+    /// Which part of its disk is in use, in thousandths.
+    pub(super) fn fill(&self) -> u64 {
+        self.used.saturating_mul(1000) / (self.used.saturating_add(self.free)).max(1)
+    }
+
+    fn take(&mut self, now: Time, beat: &Heartbeat) {
+        self.lease_until = now + if self.original { ORIGINAL_LEASE } else { lease_margin() };
+        self.rack = beat.rack.clone();
+        (self.used, self.free, self.full) = (beat.used, beat.free, beat.full);
+        for chunk in &beat.gone {
+            self.doomed.remove(chunk);
+        }
+    }
+
+    fn answer(&mut self, now: Time) -> BeatReply {
+        let inventory = now >= self.inventory_at;
+        if inventory {
+            self.inventory_at = now + INVENTORY_EVERY;
+        }
+        BeatReply {
+            status: Beat::Ok,
+            lease_ms: LEASE.as_millis() as u64,
+            fences: self.fences.iter().map(|(chunk, below)| (*chunk, *below)).collect(),
+            delete: self
+                .doomed
+                .iter()
+                .take(MAX_DELETED_AT_ONCE)
+                .map(|(chunk, version)| (*chunk, *version))
+                .collect(),
+            inventory,
+        }
+    }
+}
+
+impl<T> Leader<T> {
+    /// Whose leases have run out: they hold nothing and lead nothing any more.
+    pub(super) fn expire(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
+        let over = self.alive.iter().filter(|(_, server)| server.lease_until <= now);
+        let over: Vec<(ServerNo, SocketAddrV4)> =
+            over.map(|(number, server)| (*number, server.address)).collect();
+        for (number, address) in over {
+            self.alive.remove(&number);
+            self.departed.insert(number, now);
+            self.primaries.retain(|_, primary| *primary != number);
+            self.repairs.look_again();
+            effects.push(Effect::Note(format!("{address} ({number}) is gone: no heartbeat")));
+        }
+    }
+
+    /// A client of the original can't reach a chunkserver. One of ours has a lease that
+    /// says whether it is there; one of the original is taken to be gone.
+    pub(super) fn unreached(&mut self, now: Time, address: SocketAddrV4) {
+        let Some(number) = self.number_at(address) else { return };
+        let server = self.alive.get_mut(&number).filter(|server| server.original);
+        server.into_iter().for_each(|server| server.lease_until = now);
+    }
+
+    pub(super) fn slept(&mut self, span: Duration) {
+        self.alive.values_mut().for_each(|server| server.lease_until = server.lease_until + span);
+        self.settles = self.settles + span;
+    }
+
+    pub(super) fn heartbeat(
+        &mut self,
+        now: Time,
+        to: T,
+        beat: Heartbeat,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        let Some(address) = beat.address else {
+            let refusal = Refusal::invalid("heartbeat: a chunkserver has an \"address\"");
+            return refuse(to, refusal, effects);
+        };
+        let number = self.state.server_named(&beat.server);
+        let same = |server: &Alive| server.start == beat.start && server.address == address;
+        let known = number.and_then(|number| self.alive.get_mut(&number)).filter(|it| same(it));
+        match (known, &beat.holds) {
+            (Some(server), None) => {
+                server.take(now, &beat);
+                let reply = MasterReply::Beat(server.answer(now));
+                effects.push(Effect::Reply { to, reply });
+            }
+            (None, None) => {
+                let reply = BeatReply {
+                    status: Beat::Link,
+                    lease_ms: 0,
+                    fences: Vec::new(),
+                    delete: Vec::new(),
+                    inventory: true,
+                };
+                effects.push(Effect::Reply { to, reply: MasterReply::Beat(reply) });
+            }
+            (_, Some(holds)) => {
+                if let Some((newer, _)) = holds.iter().find(|(it, _)| !self.state.was_made(*it)) {
+                    let refusal = Refusal::unavailable(format!(
+                        "this master has never made {newer}: it has lost its state, or it is \
+                         another cluster's; start it over its own data, or give the chunkserver an \
+                         empty data directory"
+                    ));
+                    return refuse(to, refusal, effects);
+                }
+                let registered = number.and_then(|number| self.state.server(number));
+                match number {
+                    Some(number) if registered.is_some_and(|it| it.address == address) => {
+                        self.link(now, to, number, &beat, effects);
+                    }
+                    _ => {
+                        let change = Change::Register { name: beat.server.clone(), address };
+                        self.propose(change, Asker::Linking(to, beat), effects);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A chunkserver says all that it holds.
+    pub(super) fn link(
+        &mut self,
+        now: Time,
+        to: T,
+        number: ServerNo,
+        beat: &Heartbeat,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        let Some(address) = beat.address else { return };
+        let before = self.alive.remove(&number);
+        let known = before.filter(|it| it.start == beat.start && it.address == address);
+        let is_new = known.is_none();
+        let mut server = known.unwrap_or_else(|| Alive {
+            start: beat.start,
+            address,
+            lease_until: now,
+            rack: Box::default(),
+            used: 0,
+            free: 0,
+            full: false,
+            original: beat.original,
+            holds: BTreeMap::new(),
+            fences: BTreeMap::new(),
+            doomed: BTreeMap::new(),
+            silent: BTreeMap::new(),
+            recent: 0,
+            inventory_at: now + INVENTORY_EVERY,
+        });
+        server.take(now, beat);
+        if beat.original {
+            let held: BTreeSet<ChunkId> = beat.holds.iter().flatten().map(|it| it.0).collect();
+            server.doomed.retain(|chunk, _| held.contains(chunk));
+        }
+        let held: BTreeMap<ChunkId, Version> = beat.holds.iter().flatten().copied().collect();
+        let lost: Vec<ChunkId> = server
+            .holds
+            .iter()
+            .filter(|(chunk, since)| {
+                let old = now.since(**since) > INVENTORY_GRACE;
+                old && !held.contains_key(chunk) && !self.rounds.contains_key(chunk)
+            })
+            .map(|(chunk, _)| *chunk)
+            .collect();
+        for chunk in lost {
+            effects.push(Effect::Note(format!("{address} ({number}) no longer holds {chunk}")));
+            server.holds.remove(&chunk);
+        }
+        self.alive.insert(number, server);
+        let mut invited = Vec::new();
+        for (chunk, version) in held {
+            if self.sort(now, number, chunk, version) {
+                invited.push(chunk);
+            }
+        }
+        if is_new {
+            // A new process, or one that was away: whatever it led is over.
+            self.primaries.retain(|_, primary| *primary != number);
+            self.departed.remove(&number);
+            effects.push(Effect::Note(format!("{address} ({number}) is here: {}", beat.server)));
+        }
+        self.repairs.look_again();
+        if let Some(server) = self.alive.get_mut(&number) {
+            let reply = MasterReply::Beat(BeatReply { inventory: false, ..server.answer(now) });
+            effects.push(Effect::Reply { to, reply });
+        }
+        for chunk in invited {
+            self.invite(chunk, number, effects);
+            self.advance(now, chunk, effects);
+        }
+    }
+
+    /// What a copy that a chunkserver holds is worth; whether it is to be asked
+    /// into a round that is under way.
+    fn sort(&mut self, now: Time, number: ServerNo, chunk: ChunkId, version: Version) -> bool {
+        let known = self.state.chunk(chunk);
+        let counts = known.is_some_and(|it| it.members.contains(&number) && version >= it.version);
+        let others = self
+            .alive
+            .iter()
+            .any(|(other, server)| *other != number && server.holds.contains_key(&chunk));
+        let round = self.rounds.get(&chunk).map(|it| (it.version, it.concerns(number)));
+        let Some(server) = self.alive.get_mut(&number) else { return false };
+        match round {
+            Some((next, _)) if counts => {
+                server.holds.entry(chunk).or_insert(now);
+                if version < next {
+                    server.fences.insert(chunk, next);
+                }
+                true
+            }
+            // It is about to become a member, or was refused: the round decides.
+            Some((_, true)) => false,
+            None if counts => {
+                server.holds.entry(chunk).or_insert(now);
+                false
+            }
+            _ => {
+                // A promise that comes late may still lift it to the version of now.
+                let highest = known.map_or(version, |it| version.max(it.version));
+                if known.is_none() || others {
+                    server.doomed.insert(chunk, highest);
+                } else {
+                    // What may be the last trace of a chunk is not destroyed, nor read.
+                    server.fences.insert(chunk, highest.next());
+                }
+                server.holds.remove(&chunk);
+                false
+            }
+        }
+    }
+
+    /// These chunks are no more: every copy is to be deleted.
+    pub(super) fn doom(&mut self, chunks: &[ChunkId]) {
+        for chunk in chunks {
+            self.primaries.remove(chunk);
+            for server in self.alive.values_mut() {
+                if server.holds.remove(chunk).is_some() {
+                    server.doomed.insert(*chunk, Version(u64::MAX));
+                }
+            }
+        }
+    }
+
+    /// Members of `chunk` that are alive and hold it.
+    pub(super) fn holders(&self, chunk: ChunkId) -> Vec<ServerNo> {
+        let members = self.state.chunk(chunk).map_or(&[][..], |known| &known.members);
+        let holds = |number: &&ServerNo| {
+            self.alive.get(*number).is_some_and(|server| server.holds.contains_key(&chunk))
+        };
+        members.iter().filter(holds).copied().collect()
+    }
+
+    /// Where these chunkservers are, if they are alive.
+    pub(super) fn addresses(&self, numbers: &[ServerNo]) -> Vec<SocketAddrV4> {
+        numbers.iter().filter_map(|number| Some(self.alive.get(number)?.address)).collect()
+    }
+
+    /// The number of the chunkserver at `address`, if it is alive.
+    pub(super) fn number_at(&self, address: SocketAddrV4) -> Option<ServerNo> {
+        self.alive.iter().find(|(_, server)| server.address == address).map(|(number, _)| *number)
+    }
+
+    /// When `number` has certainly stopped serving by itself what it is not
+    /// allowed to serve from now on.
+    pub(super) fn stops_by(&self, now: Time, number: ServerNo) -> Time {
+        match self.alive.get(&number) {
+            Some(server) => server.lease_until,
+            None if self.departed.contains_key(&number) => now,
+            None => self.settles.max(now),
+        }
+    }
+
+    /// A copy is damaged: it counts no more, and a round leaves it out.
+    pub(super) fn damaged(
+        &mut self,
+        now: Time,
+        number: ServerNo,
+        chunk: ChunkId,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        let Some(server) = self.alive.get_mut(&number) else { return };
+        if server.holds.remove(&chunk).is_none() {
+            return;
+        }
+        let address = server.address;
+        self.damaged.insert((chunk, address));
+        effects.push(Effect::Note(format!("{address} ({number}): its copy of {chunk} is damaged")));
+        self.repairs.look_again();
+        if !self.holders(chunk).is_empty() {
+            let lease = self.primaries.contains_key(&chunk);
+            self.begin_round(now, chunk, lease, &[], &[number], effects);
+        }
+    }
+
+    /// What the chunkserver at `address` calls itself, if it is alive.
+    pub fn server_at(&self, address: SocketAddrV4) -> Option<Box<str>> {
+        let number = self.number_at(address)?;
+        self.state.server(number).map(|server| server.name.clone())
+    }
+
+    /// Where the chunkserver `number` is, if it is alive.
+    pub(super) fn address_of(&self, number: ServerNo) -> Option<SocketAddrV4> {
+        self.alive.get(&number).map(|server| server.address)
+    }
+}

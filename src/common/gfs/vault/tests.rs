@@ -1,0 +1,226 @@
+//! The vault over a real disk.
+
+use super::*;
+use crate::gfs::messages::Data;
+use crate::gfs::{Serial, Version};
+use crate::store::Durability;
+use crate::store::disk::DiskStore;
+use crossbeam_channel::{Receiver, unbounded};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const CHUNK: ChunkId = ChunkId(1007);
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Trial {
+    dir: TempDir,
+    vault: Option<Vault>,
+    found: Vec<Found>,
+    done: Receiver<(JobId, Option<Trouble>)>,
+    jobs: u64,
+    serial: Serial,
+    /// What must be there.
+    model: Vec<u8>,
+}
+
+impl Trial {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, done) = unbounded();
+        let mut trial = Self {
+            dir,
+            vault: None,
+            found: Vec::new(),
+            done,
+            jobs: 0,
+            serial: Serial(0),
+            model: Vec::new(),
+        };
+        trial.open();
+        let (version, serial, marks) = (Version(1), Serial(0), Vec::new());
+        trial.run(Op::Make { chunk: CHUNK, version, serial, copy_of: None, marks, joining: false });
+        trial
+    }
+
+    fn open(&mut self) {
+        let (sender, done) = unbounded();
+        let store = self.dir.path().join("store");
+        let store = DiskStore::open(&store, Durability::Always).unwrap();
+        let (vault, opened) = Vault::open(self.dir.path(), store, "me", move |job, trouble| {
+            let _ = sender.send((job, trouble));
+        })
+        .unwrap();
+        (self.vault, self.found, self.done) = (Some(vault), opened.found, done);
+    }
+
+    /// Ends it, and opens it again: files that were not synced yet are not.
+    fn reopen(&mut self) {
+        drop(self.vault.take());
+        self.open();
+    }
+
+    fn vault(&self) -> &Vault {
+        self.vault.as_ref().unwrap()
+    }
+
+    fn run(&mut self, op: Op) -> Option<Trouble> {
+        self.jobs += 1;
+        self.vault().submit(self.jobs, op);
+        let (job, trouble) = self.done.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(job, self.jobs);
+        trouble
+    }
+
+    fn write(&mut self, offset: usize, data: &[u8]) -> Option<Trouble> {
+        self.serial = self.serial.next();
+        self.model.resize(self.model.len().max(offset + data.len()), 0);
+        self.model[offset..offset + data.len()].copy_from_slice(data);
+        let (serial, data) = (self.serial, Data::from(data));
+        let mark = Some((7, serial.0));
+        self.run(Op::Mutate { chunk: CHUNK, serial, offset: offset as u64, data, mark })
+    }
+
+    fn assert_as_written(&self) {
+        let length = self.model.len();
+        let read = self.vault().read(CHUNK, 0, length).unwrap();
+        assert!(read == self.model, "what is read is not what was written");
+        for (offset, length) in [(0, 1), (length / 2, length / 3), (length - 1, 1)] {
+            let part = self.vault().read(CHUNK, offset as u64, length).unwrap();
+            assert!(part == self.model[offset..offset + length]);
+        }
+        assert_eq!(self.vault().read(CHUNK, length as u64, 1), Err(ReadTrouble::Gone));
+    }
+
+    fn file(&self) -> PathBuf {
+        self.vault().shared.path(CHUNK)
+    }
+}
+
+fn bytes(seed: usize, count: usize) -> Vec<u8> {
+    (0..count).map(|index| (index * 31 + seed * 17 + index / 251) as u8).collect()
+}
+
+/// Short and long appends, gaps, writes below the end and across it.
+fn write_all_kinds(trial: &mut Trial) {
+    let places = [
+        (0, 100),
+        (100, 70_000),
+        (70_100, 5),
+        (70_105, 200_000),
+        (300_000, 10),
+        (50, 20),
+        (65_530, 20),
+        (299_990, 100_000),
+        (700_000, 300_000),
+        (999_999, 2),
+    ];
+    for (seed, (offset, count)) in places.into_iter().enumerate() {
+        assert_eq!(trial.write(offset, &bytes(seed, count)), None);
+        trial.assert_as_written();
+    }
+}
+
+#[test]
+fn what_was_written_is_read_wherever_it_was_written() {
+    let mut trial = Trial::new();
+    write_all_kinds(&mut trial);
+    let end = trial.model.len() + 100_000;
+    trial.write(end, &[]);
+    trial.assert_as_written();
+}
+
+#[test]
+fn what_was_durable_is_there_after_a_kill_with_all_that_belongs_to_it() {
+    let mut trial = Trial::new();
+    write_all_kinds(&mut trial);
+    trial.reopen();
+    trial.assert_as_written();
+    let found = trial.found[0].clone();
+    assert_eq!((found.chunk, found.version, found.serial), (CHUNK, Version(1), Serial(10)));
+    assert_eq!(found.marks, [(7, 10, 999_999)]);
+    assert_eq!(found.regions.len(), 10);
+    assert_eq!(found.regions[4], (Serial(5), 270_105, 29_905));
+    trial.write(3, b"more");
+    trial.assert_as_written();
+}
+
+#[test]
+fn a_change_that_did_not_reach_the_file_is_made_again() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 1000));
+    trial.write(500, &bytes(2, 100));
+    // As if the system had not written the file before it went down.
+    let file = trial.file();
+    fs::write(&file, bytes(9, 1000)).unwrap();
+    trial.reopen();
+    trial.assert_as_written();
+}
+
+#[test]
+fn a_torn_append_is_cut_off() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 100_000));
+    let mut torn = fs::read(trial.file()).unwrap();
+    torn.extend_from_slice(&bytes(5, 5_000));
+    fs::write(trial.file(), torn).unwrap();
+    trial.reopen();
+    trial.assert_as_written();
+    // A gap over it is filled with zeros, not with what was torn.
+    trial.write(110_000, b"end");
+    trial.assert_as_written();
+}
+
+#[test]
+fn a_flipped_bit_is_never_returned_nor_covered_up() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 200_000));
+    let mut flipped = fs::read(trial.file()).unwrap();
+    flipped[100_000] ^= 4;
+    fs::write(trial.file(), flipped).unwrap();
+    assert_eq!(trial.vault().read(CHUNK, 99_990, 20), Err(ReadTrouble::Damaged));
+    assert_eq!(trial.vault().read(CHUNK, 70_000, 1), Err(ReadTrouble::Damaged), "in its block");
+    assert!(trial.vault().read(CHUNK, 0, 65_536).is_ok());
+    assert_eq!(trial.write(70_000, b"new"), Some(Trouble::Damaged));
+}
+
+#[test]
+fn a_file_that_is_gone_is_damage() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 200_000));
+    fs::remove_file(trial.file()).unwrap();
+    trial.reopen();
+    assert_eq!(trial.vault().read(CHUNK, 0, 10), Err(ReadTrouble::Damaged));
+}
+
+#[test]
+fn what_is_deleted_leaves_nothing_for_a_chunk_of_the_same_number() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 1000));
+    let file = trial.file();
+    trial.run(Op::Delete { chunk: CHUNK });
+    assert!(!file.exists());
+    let (version, serial, marks) = (Version(5), Serial(0), Vec::new());
+    trial.run(Op::Make { chunk: CHUNK, version, serial, copy_of: None, marks, joining: true });
+    (trial.model, trial.serial) = (Vec::new(), Serial(0));
+    trial.write(0, &bytes(2, 500));
+    trial.reopen();
+    trial.assert_as_written();
+    assert!(trial.found[0].joining);
+    assert_eq!(trial.found[0].regions.len(), 1);
+}
+
+#[test]
+fn a_copy_of_a_chunk_here_has_all_that_it_has() {
+    let mut trial = Trial::new();
+    write_all_kinds(&mut trial);
+    let (chunk, marks) = (ChunkId(1010), vec![(7, 10, 999_999)]);
+    let (version, serial, copy_of) = (Version(1), trial.serial, Some(CHUNK));
+    trial.run(Op::Make { chunk, version, serial, copy_of, marks, joining: false });
+    assert!(trial.vault().read(chunk, 0, trial.model.len()).unwrap() == trial.model);
+    trial.write(0, b"changed");
+    assert_eq!(trial.vault().read(chunk, 0, 7).unwrap(), bytes(0, 100)[..7]);
+    trial.reopen();
+    assert_eq!(trial.found.len(), 2);
+    assert_eq!(trial.found[1].serial, Serial(10));
+    assert_eq!(trial.found[1].marks, [(7, 10, 999_999)]);
+}
