@@ -3,7 +3,7 @@
 #![allow(clippy::disallowed_methods, reason = "a program may draw from the system's randomness")]
 
 use clap::Parser;
-use ringleader::kv::server::{DEFAULT_FETCH_RATE, DEFAULT_LEASE, Settings};
+use ringleader::kv::server::{Batch, DEFAULT_FETCH_RATE, DEFAULT_LEASE, Settings};
 use ringleader::net::daemon::{self, DataDir, End};
 use ringleader::net::listen::{self, MAX_CONNECTIONS};
 use ringleader::net::serve_kv::KvShell;
@@ -25,7 +25,7 @@ use std::time::Duration;
 #[derive(Parser)]
 #[command(name = "server", version, max_term_width = 100)]
 struct Flags {
-    /// Where the viewleader is: HOST (ports 39000 to 39009 are tried) or HOST:PORT; several with commas
+    /// Where viewleaders are: HOST (ports 39000 to 39009 are tried) or HOST:PORT; several with commas
     #[arg(
         long,
         value_name = "HOST[:PORT]",
@@ -107,6 +107,7 @@ fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
         fetch_rate: flags.rebalance_rate,
         synced: flags.durability == Durability::Always,
         drawn: rand::random(),
+        batch: Batch::default(),
     };
     let handle = end.handle();
     let shell = KvShell::start(settings, &flags.viewleader, store, move || handle.close())?;

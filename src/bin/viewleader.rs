@@ -2,6 +2,9 @@
 #![allow(missing_docs, reason = "a program's flags document themselves")]
 
 use clap::Parser;
+use ringleader::consensus::founding::Entrance;
+use ringleader::consensus::log::SNAPSHOT_EVERY;
+use ringleader::consensus::node::Settings;
 use ringleader::net::daemon::{self, DataDir, End};
 use ringleader::net::listen::{self, MAX_CONNECTIONS};
 use ringleader::net::serve_view::ViewShell;
@@ -9,12 +12,16 @@ use ringleader::store::Durability;
 use ringleader::store::disk::DiskStore;
 use ringleader::wire::HostPort;
 use ringleader::wire::address::PortRange;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// The viewleader of a cluster: it keeps the servers' leases, decides which
-/// servers hold which keys, and hands out locks.
+/// The viewleader of a cluster, or one of several: it keeps the servers' leases,
+/// decides which servers hold which keys, and hands out locks.
+///
+/// Three of them, started with the same --peers, go on when one fails, five when
+/// two do.
 ///
 /// It listens on the first free port of 39000 to 39009, on all addresses,
 /// unless told otherwise, and prints `listening on IP:PORT` once it serves.
@@ -24,6 +31,22 @@ struct Flags {
     /// Where to listen: IP or IP:PORT (port 0: any free one)
     #[arg(long, value_name = "IP[:PORT]", default_value = "0.0.0.0")]
     listen: HostPort,
+
+    /// Found a group with these viewleaders, this one among them: all are to be started with the
+    /// same list. Once the group is founded the list does not count any more, and one with
+    /// somebody who was never in the group is refused
+    #[arg(long, value_name = "IP:PORT,...", value_delimiter = ',', conflicts_with = "join")]
+    peers: Vec<SocketAddrV4>,
+
+    /// Come into a group that exists: wait until `client viewleader_add` names this viewleader. It
+    /// counts only as long as the data directory is empty
+    #[arg(long)]
+    join: bool,
+
+    /// Where others reach this viewleader [default: where it listens; for 0.0.0.0 this machine's
+    /// own address]
+    #[arg(long, value_name = "IP:PORT")]
+    advertise: Option<SocketAddrV4>,
 
     /// Where the viewleader keeps what must outlive it [default: ./data/viewleader-PORT]
     #[arg(long, value_name = "DIR")]
@@ -54,13 +77,24 @@ fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
         end.with_stdin()?;
     }
     let listener = listen::bind(&flags.listen, PortRange::VIEWLEADER)?;
-    let address = listener.local_addr()?;
+    let SocketAddr::V4(bound) = listener.local_addr()? else {
+        return Err("--listen takes an IPv4 address".into());
+    };
+    let address = flags.advertise.unwrap_or_else(|| daemon::reachable_at(bound));
+    let entrance = match flags.join {
+        true => Entrance::Wait,
+        false => Entrance::with_founders(address, &flags.peers)
+            .map_err(|error| format!("--peers: {error}"))?,
+    };
     let data_dir = flags.data_dir.clone();
-    let data_dir = data_dir.unwrap_or_else(|| format!("data/viewleader-{}", address.port()).into());
+    let data_dir = data_dir.unwrap_or_else(|| format!("data/viewleader-{}", bound.port()).into());
     let data = DataDir::take(&data_dir)?;
-    let shell = ViewShell::start(DiskStore::open(&data.store(), Durability::Always)?)?;
+    let store = DiskStore::open(&data.store(), Durability::Always)?;
+    let shell =
+        ViewShell::start(Settings { address, entrance, snapshot_every: SNAPSHOT_EVERY }, store)
+            .map_err(|error| format!("{}: {error}", data_dir.display()))?;
     let connections = listen::serve(listener, flags.max_connections, Arc::clone(&shell))?;
-    daemon::print_line(&format!("listening on {address}"));
+    daemon::print_line(&format!("listening on {bound}"));
     end.wait();
     shell.end();
     connections.stop();

@@ -11,6 +11,9 @@ use std::io::ErrorKind;
 use std::net::SocketAddrV4;
 use std::time::{Duration, Instant};
 
+/// How soon viewleaders are asked again when none of them leads.
+const LEADER_GLANCE: Duration = Duration::from_millis(50);
+
 /// Where a command looks for servers and viewleaders, and for how long.
 #[derive(Clone, Debug)]
 pub struct Asker {
@@ -33,12 +36,16 @@ impl Asker {
     ) -> Conclusion {
         let mut event = Event::Begin;
         let mut deadline = Instant::now() + self.timeout;
+        let mut last_told = None;
         loop {
             event = match operation.step(event) {
                 Next::Done(conclusion) => return conclusion,
                 Next::Ask(whom, question) => self.ask(whom, &question, deadline),
                 Next::Wait(why, span) => {
-                    tell(&why);
+                    if last_told.as_ref() != Some(&why) {
+                        tell(&why);
+                    }
+                    last_told = Some(why);
                     let interrupted = interrupts.recv_timeout(span).is_ok();
                     deadline = Instant::now() + self.timeout;
                     if interrupted { Event::Interrupted } else { Event::Waited }
@@ -47,7 +54,7 @@ impl Asker {
         }
     }
 
-    fn ask(&self, whom: Whom, question: &Question, deadline: Instant) -> Event {
+    pub(super) fn ask(&self, whom: Whom, question: &Question, deadline: Instant) -> Event {
         let (kind, hosts, range) = match whom {
             Whom::AnyServer => ("server", &self.servers, PortRange::SERVER),
             Whom::Viewleader => ("viewleader", &self.viewleaders, PortRange::VIEWLEADER),
@@ -68,7 +75,23 @@ impl Asker {
             }
             _ => deadline,
         };
-        match call::walk(&addresses, question, Patience::Until(deadline)).0 {
+        let walked = loop {
+            let patience = match question {
+                Question::View(ViewRequest::QueryView(_)) => Patience::Brief(deadline),
+                _ => Patience::Until(deadline),
+            };
+            let walked = call::walk(&addresses, question, patience).0;
+            let again = match &walked {
+                // None leads now; one will soon.
+                Walked::Refused { body, .. } => is_worth_waiting(body),
+                _ => false,
+            };
+            if !again || Instant::now() + LEADER_GLANCE >= deadline {
+                break walked;
+            }
+            std::thread::sleep(LEADER_GLANCE);
+        };
+        match walked {
             Walked::Answer { from, body } | Walked::Refused { from, body } => {
                 Event::Answer { from, body }
             }
@@ -79,6 +102,13 @@ impl Asker {
             },
         }
     }
+}
+
+/// Whether this is the answer of a viewleader in whose group another one leads, or
+/// will soon. (It may have been carried out even so: what a client asks of
+/// viewleaders may be asked again.)
+fn is_worth_waiting(body: &[u8]) -> bool {
+    call::not_leader(body).is_some_and(|answer| answer.note.is_none())
 }
 
 fn ask_at(server: SocketAddrV4, question: &Question, deadline: Instant) -> Event {

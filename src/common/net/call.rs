@@ -1,11 +1,16 @@
 //! Calls: connect, ask, wait for the answer; and walks along several addresses.
 
+use crate::consensus::requests::NotLeader;
 use crate::wire::address::PortRange;
-use crate::wire::{Decoder, HostPort, append_frame};
+use crate::wire::{Decoder, HostPort, Reason, Refusal, append_frame};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a connection may take to be made; the original's figure.
@@ -13,6 +18,16 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How many addresses one walk tries at most.
 pub const MAX_ADDRESSES: usize = 256;
+
+/// How long a question that a viewleader answers at once is left with one of several:
+/// one that is asleep would keep it, and another one leads within about a second.
+const BRIEF: Duration = Duration::from_secs(1);
+
+/// How often whoever waits for an answer looks whether that is in vain.
+const GLANCE: Duration = Duration::from_millis(100);
+
+/// How many times one walk goes where it is sent.
+const MAX_HINTS: u32 = 3;
 
 /// Why a call brought no answer.
 #[derive(Debug)]
@@ -69,6 +84,27 @@ pub fn connect(address: SocketAddrV4, limit: Duration) -> io::Result<TcpStream> 
     Ok(stream)
 }
 
+/// Sends as much of `bytes` as the other end accepts at once, and returns how much
+/// that was.
+pub(super) fn send_now(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    let mut sent = 0;
+    while sent < bytes.len() {
+        match rustix::net::send(stream, &bytes[sent..], SendFlags::DONTWAIT) {
+            Ok(count) => sent += count,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(sent)
+}
+
+/// Sends all of `bytes`, waiting for the other end as long as the stream's own limit
+/// allows, and returns how many that were.
+pub(super) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    stream.write_all(bytes).map(|()| bytes.len())
+}
+
 /// A connection to one address, for one call after the other.
 #[derive(Debug)]
 pub struct Caller {
@@ -98,23 +134,63 @@ impl Caller {
         request: &impl Serialize,
         deadline: Instant,
     ) -> Result<Vec<u8>, CallFailure> {
+        self.call_unless(request, deadline, || false)
+    }
+
+    /// The same, and gives up as soon as it `is_vain` to wait.
+    fn call_unless(
+        &mut self,
+        request: &impl Serialize,
+        deadline: Instant,
+        is_vain: impl Fn() -> bool,
+    ) -> Result<Vec<u8>, CallFailure> {
         let mut frame = Vec::new();
         append_frame(&mut frame, request).map_err(|error| {
             CallFailure::NotSent(io::Error::new(ErrorKind::InvalidInput, error))
         })?;
-        let left = || match deadline.saturating_duration_since(Instant::now()) {
-            left if left.is_zero() => Err(CallFailure::Lost(ErrorKind::TimedOut.into())),
-            left => Ok(left),
-        };
-        self.stream.set_write_timeout(Some(left()?)).map_err(CallFailure::NotSent)?;
-        self.stream.write_all(&frame).map_err(CallFailure::Lost)?;
+        self.send(&frame, deadline)?;
+        loop {
+            match self.receive(deadline.min(Instant::now() + GLANCE)) {
+                Err(CallFailure::Lost(error))
+                    if is_late(&error) && Instant::now() < deadline && !is_vain() => {}
+                received => return received,
+            }
+        }
+    }
+
+    /// Sends a whole frame and waits for the answer to it until `deadline`.
+    ///
+    /// # Errors
+    /// A [`CallFailure`]; the connection is then of no more use.
+    pub fn exchange(&mut self, frame: &[u8], deadline: Instant) -> Result<Vec<u8>, CallFailure> {
+        self.send(frame, deadline)?;
+        self.receive(deadline)
+    }
+
+    /// Sends whole frames until `deadline`. Each of them has an answer, to be taken
+    /// with [`Caller::receive`].
+    ///
+    /// # Errors
+    /// As [`Caller::call`].
+    pub fn send(&mut self, frames: &[u8], deadline: Instant) -> Result<(), CallFailure> {
+        let left = left_until(deadline).map_err(CallFailure::Lost)?;
+        self.stream.set_write_timeout(Some(left)).map_err(CallFailure::NotSent)?;
+        self.stream.write_all(frames).map_err(CallFailure::Lost)
+    }
+
+    /// Waits for the next answer until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Caller::call`].
+    pub fn receive(&mut self, deadline: Instant) -> Result<Vec<u8>, CallFailure> {
         loop {
             match self.decoder.next_frame() {
                 Ok(Some(body)) => return Ok(body.to_vec()),
                 Ok(None) => {}
                 Err(error) => return Err(CallFailure::Lost(io::Error::other(error))),
             }
-            self.stream.set_read_timeout(Some(left()?)).map_err(CallFailure::Lost)?;
+            let left = left_until(deadline).map_err(CallFailure::Lost)?;
+            self.stream.set_read_timeout(Some(left)).map_err(CallFailure::Lost)?;
             match self.stream.read(self.decoder.space()) {
                 Ok(0) if self.decoder.is_between_frames() => return Err(CallFailure::Closed),
                 Ok(0) => return Err(CallFailure::Lost(io::Error::other("half an answer"))),
@@ -126,6 +202,14 @@ impl Caller {
                 Err(error) => return Err(CallFailure::Lost(error)),
             }
         }
+    }
+}
+
+/// How long it is until `deadline`.
+fn left_until(deadline: Instant) -> io::Result<Duration> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        left if left.is_zero() => Err(ErrorKind::TimedOut.into()),
+        left => Ok(left),
     }
 }
 
@@ -176,7 +260,8 @@ pub enum Walked {
         /// The answer.
         body: Vec<u8>,
     },
-    /// Some answered, all with an error; this is the first one.
+    /// Some answered, all with an error; this is the first one that says more than
+    /// `not leader`, if there is one.
     Refused {
         /// Whose it is.
         from: SocketAddrV4,
@@ -194,6 +279,8 @@ pub enum Patience {
     Each(Duration),
     /// Until then in all: at each address but the last, half of what is left.
     Until(Instant),
+    /// The same, and at each but the last a second at most: for what is answered at once.
+    Brief(Instant),
 }
 
 impl Patience {
@@ -201,34 +288,104 @@ impl Patience {
         let now = Instant::now();
         match self {
             Self::Each(limit) => now + limit,
-            Self::Until(end) if is_last => end,
+            Self::Until(end) | Self::Brief(end) if is_last => end,
             Self::Until(end) => now + end.saturating_duration_since(now) / 2,
+            Self::Brief(end) => now + BRIEF.min(end.saturating_duration_since(now) / 2),
         }
     }
 }
 
 /// Asks one address after the other until one answers without an error, and
-/// gives the connection to it with the answer. The request must be one that does
-/// no harm if it is carried out more than once.
+/// gives the connection to it with the answer. Whoever does not lead may
+/// say who does; that one is asked next. The request must be one that does no harm
+/// if it is carried out more than once.
 pub fn walk(
     addresses: &[SocketAddrV4],
     request: &impl Serialize,
     patience: Patience,
 ) -> (Walked, Option<Caller>) {
-    let (mut refusal, mut failures) = (None, Vec::new());
-    for (index, &from) in addresses.iter().enumerate() {
-        let deadline = patience.deadline(index + 1 == addresses.len());
-        let asked = Caller::connect(from, deadline)
-            .and_then(|mut caller| Ok((caller.call(request, deadline)?, caller)));
+    walk_on(addresses, request, patience, &Company::default(), false)
+}
+
+/// The same for a request that is not to be carried out twice: nobody else is asked
+/// once somebody may have carried it out, or says so.
+pub fn walk_once(
+    addresses: &[SocketAddrV4],
+    request: &impl Serialize,
+    patience: Patience,
+) -> Walked {
+    walk_on(addresses, request, patience, &Company::default(), true).0
+}
+
+fn walk_on(
+    addresses: &[SocketAddrV4],
+    request: &impl Serialize,
+    patience: Patience,
+    company: &Company,
+    once: bool,
+) -> (Walked, Option<Caller>) {
+    let (mut refusals, mut failures) = (Vec::new(), Vec::new());
+    let mut ahead: VecDeque<SocketAddrV4> = addresses.iter().copied().collect();
+    let mut hinted = 0;
+    while let Some(from) = ahead.pop_front() {
+        let deadline = patience.deadline(ahead.is_empty());
+        let asked = Caller::connect(from, deadline).and_then(|mut caller| {
+            Ok((caller.call_unless(request, deadline, company.leaves(from))?, caller))
+        });
         match asked {
             Ok((body, caller)) if !is_refusal(&body) => {
+                company.answered(from);
                 return (Walked::Answer { from, body }, Some(caller));
             }
-            Ok((body, _)) => refusal = refusal.or(Some(Walked::Refused { from, body })),
+            Ok((body, _)) => {
+                let not_leader = not_leader(&body);
+                let doubt = |it: &NotLeader| it.reason == Reason::UnknownOutcome;
+                if once && not_leader.as_ref().is_some_and(doubt) {
+                    return (Walked::Refused { from, body }, None);
+                }
+                let leader = not_leader.and_then(|it| it.leader);
+                if let Some(leader) = leader.filter(|_| hinted < MAX_HINTS) {
+                    hinted += 1;
+                    ahead.retain(|address| *address != leader);
+                    ahead.push_front(leader);
+                }
+                refusals.push((from, body));
+            }
+            Err(failure) if once && failure.was_sent() => {
+                return (Walked::Silence(vec![(from, failure)]), None);
+            }
             Err(failure) => failures.push((from, failure)),
         }
     }
-    (refusal.unwrap_or(Walked::Silence(failures)), None)
+    // What says most: not one that does not lead, and least of all one in no group.
+    let says_little =
+        |body: &[u8]| not_leader(body).map_or(0, |it| 1 + u8::from(it.note.is_some()));
+    let refused = refusals.into_iter().min_by_key(|(_, body)| says_little(body));
+    let refused = refused.map(|(from, body)| Walked::Refused { from, body });
+    (refused.unwrap_or(Walked::Silence(failures)), None)
+}
+
+/// What the walkers of one server tell each other: who has answered one of them last,
+/// and when. A viewleader that is asleep keeps whoever waits there for news; when
+/// another one leads by now, and has answered a heartbeat, to wait on is in vain.
+#[derive(Clone, Debug, Default)]
+pub struct Company(Arc<Mutex<Option<(SocketAddrV4, Instant)>>>);
+
+impl Company {
+    fn last(&self) -> Option<(SocketAddrV4, Instant)> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answered(&self, from: SocketAddrV4) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((from, Instant::now()));
+    }
+
+    /// Whether somebody else has answered since this was asked for, for one who waits at
+    /// `address`.
+    fn leaves(&self, address: SocketAddrV4) -> impl Fn() -> bool {
+        let began = Instant::now();
+        move || self.last().is_some_and(|(other, at)| other != address && at > began)
+    }
 }
 
 /// Walks along the viewleaders for a server, and stays with the one that
@@ -238,31 +395,52 @@ pub struct Walker {
     hosts: Vec<HostPort>,
     range: PortRange,
     caller: Option<Caller>,
+    company: Company,
 }
 
 impl Walker {
-    /// A walker along `hosts`.
-    pub fn new(hosts: Vec<HostPort>, range: PortRange) -> Self {
-        Self { hosts, range, caller: None }
+    /// A walker along `hosts`, in `company`.
+    pub fn new(hosts: Vec<HostPort>, range: PortRange, company: Company) -> Self {
+        Self { hosts, range, caller: None, company }
     }
 
     /// Asks until somebody answers without an error, at most `limit` at each
     /// address.
     pub fn ask(&mut self, request: &impl Serialize, limit: Duration) -> Walked {
-        if let Some(mut caller) = self.caller.take()
-            && let Ok(body) = caller.call(request, Instant::now() + limit)
-            && !is_refusal(&body)
-        {
+        let mut addresses = addresses(&self.hosts, self.range).unwrap_or_default();
+        if let Some(mut caller) = self.caller.take() {
             let from = caller.address;
-            self.caller = Some(caller);
-            return Walked::Answer { from, body };
+            let deadline = Instant::now() + limit;
+            match caller.call_unless(request, deadline, self.company.leaves(from)) {
+                Ok(body) if !is_refusal(&body) => {
+                    self.company.answered(from);
+                    self.caller = Some(caller);
+                    return Walked::Answer { from, body };
+                }
+                // An original closes after each reply.
+                Err(CallFailure::Closed) | Ok(_) => {}
+                // It may be asleep: the others first.
+                Err(_) => addresses.sort_by_key(|address| *address == from),
+            }
         }
-        // An original closes after each reply: then, too, begin anew.
-        let addresses = addresses(&self.hosts, self.range).unwrap_or_default();
-        let (walked, caller) = walk(&addresses, request, Patience::Each(limit));
+        if let Some((last, _)) = self.company.last() {
+            addresses.sort_by_key(|address| *address != last);
+        }
+        let patience = Patience::Each(limit);
+        let (walked, caller) = walk_on(&addresses, request, patience, &self.company, false);
         self.caller = caller;
         walked
     }
+}
+
+/// What a viewleader says that does not lead, if `body` is that.
+pub fn not_leader(body: &[u8]) -> Option<NotLeader> {
+    serde_json::from_slice(body).ok()
+}
+
+/// What `body` says no with, if it is a refusal of ours.
+pub fn refusal(body: &[u8]) -> Option<Refusal> {
+    serde_json::from_slice(body).ok()
 }
 
 /// Whether `body` is a reply that says no: an object with an `"error"`.
@@ -273,4 +451,90 @@ pub fn is_refusal(body: &[u8]) -> bool {
         error: Option<serde::de::IgnoredAny>,
     }
     serde_json::from_slice::<Head>(body).is_ok_and(|head| head.error.is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::thread;
+
+    /// How long what must happen may take.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn listener() -> (TcpListener, SocketAddrV4) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let Ok(SocketAddr::V4(address)) = listener.local_addr() else { panic!("an address") };
+        (listener, address)
+    }
+
+    fn walker(addresses: &[SocketAddrV4], company: &Company) -> Walker {
+        let host =
+            |at: &SocketAddrV4| HostPort { host: at.ip().to_string(), port: Some(at.port()) };
+        let hosts = addresses.iter().map(host).collect();
+        Walker::new(hosts, PortRange::VIEWLEADER, company.clone())
+    }
+
+    #[test]
+    fn nobody_waits_for_one_that_is_asleep_while_another_one_answers() {
+        // The first one takes connections, as the system does for a process that is
+        // stopped, and never answers.
+        let ((_asleep, first), (awake, second)) = (listener(), listener());
+        thread::spawn(move || {
+            while let Ok((mut stream, _)) = awake.accept() {
+                let mut frame = Vec::new();
+                append_frame(&mut frame, &"an answer").unwrap();
+                let _ = stream.write_all(&frame);
+                let _ = stream.read(&mut [0; 64]);
+            }
+        });
+        let company = Company::default();
+        let (done, outcome) = crossbeam_channel::bounded(1);
+        let mut waits = walker(&[first, second], &company);
+        thread::spawn(move || {
+            let _ = done.send(waits.ask(&"what is new?", Duration::from_secs(3600)));
+        });
+        let mut beats = walker(&[second], &company);
+        let deadline = Instant::now() + PATIENCE;
+        let walked = loop {
+            assert!(matches!(beats.ask(&"a beat", PATIENCE), Walked::Answer { .. }));
+            match outcome.recv_timeout(GLANCE) {
+                Ok(walked) => break walked,
+                Err(_) => assert!(Instant::now() < deadline, "it waits where nobody answers"),
+            }
+        };
+        assert!(matches!(walked, Walked::Answer { from, .. } if from == second), "{walked:?}");
+    }
+
+    /// Answers each connection once with `reply`, as long as the test runs.
+    fn stand_in(reply: impl Serialize) -> SocketAddrV4 {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!() };
+        let mut frame = Vec::new();
+        append_frame(&mut frame, &reply).unwrap();
+        let work = move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let _ = stream.read(&mut [0; 1024]);
+                let _ = stream.write_all(&frame);
+            }
+        };
+        crate::net::threads::start("stand-in", work).unwrap();
+        address
+    }
+
+    #[test]
+    fn what_may_have_been_done_is_not_asked_of_the_next_leader() {
+        let patience = Patience::Each(Duration::from_secs(20));
+        let leader = stand_in(serde_json::json!({"status": "ok"}));
+        let request = serde_json::json!({"cmd": "rename"});
+        let undone = stand_in(NotLeader::undone(Some(leader)));
+        let walked = walk_once(&[undone], &request, patience);
+        assert!(matches!(walked, Walked::Answer { from, .. } if from == leader), "{walked:?}");
+        let doubtful = stand_in(NotLeader::in_doubt(Some(leader)));
+        let walked = walk_once(&[doubtful, leader], &request, patience);
+        assert!(matches!(walked, Walked::Refused { from, .. } if from == doubtful), "{walked:?}");
+        let (walked, _) = walk(&[doubtful], &request, patience);
+        assert!(matches!(walked, Walked::Answer { from, .. } if from == leader), "{walked:?}");
+    }
 }

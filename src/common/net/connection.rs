@@ -1,18 +1,26 @@
 //! A connection: requests in, replies out, in order.
 //!
-//! One read may bring many requests. They are begun as far as their order
-//! allows, their replies are collected in the order of the requests, and what
-//! has been collected is written at once before the thread reads again. So a
-//! client that sends one request at a time costs one read and one write for
-//! each, and one that pipelines costs less.
+//! One read may bring many requests. They are begun as far as their order allows,
+//! and the thread reads on. What can be answered at once is collected and written
+//! at once, so that a client which sends one request at a time costs one read and
+//! one write for each, and one that pipelines costs less. Any other reply is written
+//! by whoever brings it, unless one before it is still missing: to wake the thread
+//! of the connection for that would cost more than to write it.
+//!
+//! Whoever brings a reply has other things to do and never waits for a client: what
+//! a client does not accept is left to a thread of its own, and while that is at it
+//! no more requests are read.
 
 use super::listen::Connections;
-use crate::wire::{Decoder, Refusal, append_frame};
+use super::xml_rpc::{self, Method};
+use super::{call, http, threads};
+use crate::wire::{Decoder, FrameError, Refusal, append_frame};
 use serde::Serialize;
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a frame may take from its first byte to its last.
@@ -36,6 +44,9 @@ const MAX_PIPELINED: usize = 1024;
 /// Collected replies beyond this many bytes are written before more are taken.
 const WRITE_BATCH_BYTES: usize = 256 * 1024;
 
+/// A request, and where its answer goes.
+pub type Asked<S> = (<S as Service>::Request, Ticket<<S as Service>::Reply>);
+
 /// What stands behind the connections of one program.
 pub trait Service: Send + Sync + 'static {
     /// What is asked.
@@ -52,11 +63,44 @@ pub trait Service: Send + Sync + 'static {
     /// Which requests of one connection it may overlap with.
     fn class(&self, request: &Self::Request) -> Class;
 
+    /// The answer to a request that can be given at once and changes nothing.
+    fn answer(&self, _request: &Self::Request) -> Option<Self::Reply> {
+        None
+    }
+
     /// Begins what `host` asks; the answer goes to `ticket`, now or later.
     fn begin(&self, host: Ipv4Addr, request: Self::Request, ticket: Ticket<Self::Reply>);
 
+    /// Begins what came together, in this order.
+    fn begin_all(&self, host: Ipv4Addr, requests: Vec<Asked<Self>>) {
+        for (request, ticket) in requests {
+            self.begin(host, request, ticket);
+        }
+    }
+
     /// The reply that says no.
     fn refused(&self, refusal: Refusal) -> Self::Reply;
+
+    /// Appends a reply as a frame to `out`.
+    ///
+    /// # Errors
+    /// When it would be too long, with `out` as it was.
+    fn append(&self, out: &mut Vec<u8>, reply: &Self::Reply) -> Result<(), FrameError> {
+        append_frame(out, reply)
+    }
+
+    /// Who answers such calls instead, if this is one of several and does not lead.
+    fn leader_elsewhere(&self) -> Option<SocketAddrV4> {
+        None
+    }
+
+    /// What it is asked by XML-RPC; nothing if it does not speak that.
+    fn methods(&self) -> &'static [Method<Self>]
+    where
+        Self: Sized,
+    {
+        &[]
+    }
 }
 
 /// Requests of one class that follow each other on a connection may be under
@@ -82,29 +126,70 @@ enum Outcome<R> {
     Close,
 }
 
-type Slot<R> = (Mutex<Option<Outcome<R>>>, Condvar);
+/// Takes what requests lead to, by the numbers of the requests.
+trait Settle<R>: Send + Sync {
+    fn settle(self: Arc<Self>, number: u64, outcome: Outcome<R>);
+}
 
 /// Where the answer to one request goes. Dropped unused, it closes the
 /// connection, so that nobody waits for an answer that can't come.
-#[derive(Debug)]
-pub struct Ticket<R>(Arc<Slot<R>>);
+pub struct Ticket<R> {
+    /// Taken when it is used.
+    replies: Option<Arc<dyn Settle<R>>>,
+    number: u64,
+}
+
+impl<R: Send + 'static> Ticket<R> {
+    /// A ticket, and the answer that is given to it.
+    pub fn new() -> (Self, Awaited<R>) {
+        let slot = Arc::new(Slot { outcome: Mutex::new(None), settled: Condvar::new() });
+        let replies: Arc<dyn Settle<R>> = Arc::<Slot<R>>::clone(&slot);
+        (Self { replies: Some(replies), number: 0 }, Awaited(slot))
+    }
+}
+
+/// The answer to one request, which may still be to come.
+pub struct Awaited<R>(Arc<Slot<R>>);
+
+struct Slot<R> {
+    outcome: Mutex<Option<Outcome<R>>>,
+    settled: Condvar,
+}
+
+impl<R: Send> Settle<R> for Slot<R> {
+    fn settle(self: Arc<Self>, _: u64, outcome: Outcome<R>) {
+        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+        self.settled.notify_one();
+    }
+}
+
+impl<R> Awaited<R> {
+    /// Waits for it; nothing when there is none, or not in time.
+    pub fn wait(self) -> Option<R> {
+        let outcome = self.0.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited =
+            self.0.settled.wait_timeout_while(outcome, ANSWER_TIMEOUT, |outcome| outcome.is_none());
+        match waited.unwrap_or_else(PoisonError::into_inner).0.take() {
+            Some(Outcome::Reply(reply)) => Some(reply),
+            Some(Outcome::Close) | None => None,
+        }
+    }
+}
 
 impl<R> Ticket<R> {
     /// Answers.
-    pub fn reply(self, reply: R) {
+    pub fn reply(mut self, reply: R) {
         self.settle(Outcome::Reply(reply));
     }
 
     /// Closes the connection instead of an answer.
-    pub fn close(self) {
+    pub fn close(mut self) {
         self.settle(Outcome::Close);
     }
 
-    fn settle(&self, outcome: Outcome<R>) {
-        let mut slot = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() {
-            *slot = Some(outcome);
-            self.0.1.notify_one();
+    fn settle(&mut self, outcome: Outcome<R>) {
+        if let Some(replies) = self.replies.take() {
+            replies.settle(self.number, outcome);
         }
     }
 }
@@ -115,71 +200,388 @@ impl<R> Drop for Ticket<R> {
     }
 }
 
+impl<R> fmt::Debug for Ticket<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Ticket({})", self.number)
+    }
+}
+
+/// What a connection has still to answer.
+struct State<R> {
+    /// The number of the oldest request that is not answered.
+    first: u64,
+    /// What became of it and those after it, as far as that is known.
+    slots: VecDeque<Option<Outcome<R>>>,
+    /// Replies in their order, not written yet.
+    out: Vec<u8>,
+    /// Somebody writes, and takes what is put into `out` meanwhile.
+    is_writing: bool,
+    /// The thread of the connection will write: it is about to begin requests.
+    is_corked: bool,
+    /// The thread of the connection waits for a change.
+    is_awaited: bool,
+    /// There will be no answers beyond those in `out`.
+    is_over: bool,
+}
+
+/// The side of a connection that answers.
+struct Replies<S: Service> {
+    stream: Arc<TcpStream>,
+    service: Arc<S>,
+    state: Mutex<State<S::Reply>>,
+    changed: Condvar,
+}
+
+impl<S: Service> Settle<S::Reply> for Replies<S> {
+    fn settle(self: Arc<Self>, number: u64, outcome: Outcome<S::Reply>) {
+        let mut state = self.state();
+        let Some(place) = number.checked_sub(state.first) else { return };
+        let Some(slot) = state.slots.get_mut(place as usize) else { return };
+        *slot = Some(outcome);
+        if place > 0 || state.is_over {
+            return;
+        }
+        self.collect(&mut state);
+        if !state.is_corked {
+            self.write(state, Manner::AtOnce);
+        }
+    }
+}
+
+/// How something is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    /// As much as is accepted at once; the rest is left to a thread of its own.
+    AtOnce,
+    /// All of it, however long it takes (up to [`WRITE_TIMEOUT`] for a part).
+    Patiently,
+}
+
+impl<S: Service> Replies<S> {
+    fn state(&self) -> MutexGuard<'_, State<S::Reply>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the replies that are next in order into `out`.
+    fn collect(&self, state: &mut State<S::Reply>) {
+        while let Some(Some(_)) = state.slots.front() {
+            let outcome = state.slots.pop_front().flatten();
+            state.first += 1;
+            let appended = match outcome {
+                Some(Outcome::Reply(reply)) => append(&*self.service, &mut state.out, &reply),
+                Some(Outcome::Close) | None => false,
+            };
+            if !appended {
+                // What comes after it is not answered either.
+                state.slots.clear();
+                state.is_over = true;
+            }
+        }
+    }
+
+    /// Writes what is collected, unless somebody does so already.
+    fn write<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State<S::Reply>>, manner: Manner) {
+        if state.is_writing {
+            return;
+        }
+        state.is_writing = true;
+        while !state.out.is_empty() {
+            let mut out = std::mem::take(&mut state.out);
+            drop(state);
+            let written = match manner {
+                Manner::AtOnce => call::send_now(&self.stream, &out),
+                Manner::Patiently => call::send_all(&self.stream, &out),
+            };
+            state = self.state();
+            match written {
+                Ok(count) if count == out.len() => {
+                    if state.out.is_empty() {
+                        out.clear();
+                        out.shrink_to(WRITE_BATCH_BYTES);
+                        state.out = out;
+                    }
+                }
+                Ok(count) => {
+                    out.drain(..count);
+                    out.append(&mut state.out);
+                    state.out = out;
+                    // It goes on being the writer's turn: nobody else writes now.
+                    return self.leave_to_thread(state);
+                }
+                Err(error) => {
+                    tracing::debug!("a reply could not be written: {error}");
+                    state.out.clear();
+                    state.is_over = true;
+                }
+            }
+        }
+        state.is_writing = false;
+        if state.is_over {
+            // The thread of the connection reads: this wakes it.
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+        if state.is_awaited {
+            self.changed.notify_all();
+        }
+    }
+
+    /// The other end accepts no more for now: a thread waits for it.
+    fn leave_to_thread(self: &Arc<Self>, mut state: MutexGuard<'_, State<S::Reply>>) {
+        let replies = Arc::clone(self);
+        let started = threads::start("late replies", move || {
+            let mut state = replies.state();
+            state.is_writing = false;
+            replies.write(state, Manner::Patiently);
+        });
+        if let Err(error) = started {
+            tracing::warn!("no thread for a client that reads slowly: {error}");
+            (state.is_writing, state.is_over) = (false, true);
+            state.out.clear();
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Waits until `is_so`. Returns whether the connection goes on.
+    fn wait_until(&self, is_so: impl Fn(&State<S::Reply>) -> bool) -> bool {
+        let mut state = self.state();
+        state.is_awaited = true;
+        let (mut first, mut since) = (state.first, Instant::now());
+        loop {
+            let is_over = state.is_over && state.out.is_empty() && !state.is_writing;
+            if is_over || is_so(&state) {
+                break;
+            }
+            let waited = self.changed.wait_timeout(state, LOOK_UP);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if state.first != first {
+                (first, since) = (state.first, Instant::now());
+            }
+            if since.elapsed() > ANSWER_TIMEOUT {
+                state.is_over = true;
+                break;
+            }
+        }
+        state.is_awaited = false;
+        !state.is_over
+    }
+}
+
+/// Appends `reply`, or what is said instead of one that is too long. Returns whether
+/// there was something to be said.
+fn append<S: Service>(service: &S, out: &mut Vec<u8>, reply: &S::Reply) -> bool {
+    let Err(error) = service.append(out, reply) else { return true };
+    let refusal = Refusal::invalid(format!("the reply is too long ({error}): ask for less"));
+    service.append(out, &service.refused(refusal)).is_ok()
+}
+
 /// Serves one connection until it ends. Errors of the stream end it: there is
 /// nobody left to tell.
 pub(super) fn serve<S: Service>(
-    stream: &TcpStream,
+    stream: &Arc<TcpStream>,
     host: Ipv4Addr,
-    service: &S,
+    service: &Arc<S>,
     connections: &Connections,
 ) {
-    let mut conversation =
-        Conversation { stream, host, service, waiting: VecDeque::new(), out: Vec::new() };
-    match conversation.run(connections) {
+    match converse(stream, host, service, connections) {
         Ok(()) => {}
         Err(error) => tracing::debug!("connection from {host}: {error}"),
     }
     let _ = stream.shutdown(Shutdown::Both);
 }
 
-struct Conversation<'a, S: Service> {
-    stream: &'a TcpStream,
+/// Serves frames, or HTTP: the first byte tells.
+fn converse<S: Service>(
+    stream: &Arc<TcpStream>,
     host: Ipv4Addr,
-    service: &'a S,
-    /// Requests that are under way, in order.
-    waiting: VecDeque<Arc<Slot<S::Reply>>>,
-    /// Replies that are collected and not written.
+    service: &Arc<S>,
+    connections: &Connections,
+) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(LOOK_UP))?;
+    stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+    let methods = service.methods();
+    if !methods.is_empty() && first_byte(stream)?.is_some_and(http::begins_with) {
+        let answer = |body: &[u8], is_passed_on: bool| {
+            // Once is enough: two that take each other for the leader are both wrong.
+            let leader = service.leader_elsewhere().filter(|_| !is_passed_on);
+            let deadline = Instant::now() + ANSWER_TIMEOUT;
+            let passed_on = leader.and_then(|leader| http::post(leader, body, deadline).ok());
+            passed_on.unwrap_or_else(|| xml_rpc::answer(&**service, methods, body))
+        };
+        return http::serve(stream, connections, answer);
+    }
+    let state = State {
+        first: 0,
+        slots: VecDeque::new(),
+        out: Vec::new(),
+        is_writing: false,
+        is_corked: false,
+        is_awaited: false,
+        is_over: false,
+    };
+    let (stream, service) = (Arc::clone(stream), Arc::clone(service));
+    let replies = Replies { stream, service, state: Mutex::new(state), changed: Condvar::new() };
+    let replies = Arc::new(replies);
+    let mut conversation =
+        Conversation { replies: &replies, host, begun: 0, asked: Vec::new(), out: Vec::new() };
+    let outcome = conversation.run(connections);
+    // Whoever still brings a reply is too late.
+    replies.state().is_over = true;
+    outcome
+}
+
+/// The byte that comes first, which stays where it is; nothing if none comes.
+fn first_byte(stream: &TcpStream) -> io::Result<Option<u8>> {
+    let (since, mut first) = (Instant::now(), [0]);
+    loop {
+        match stream.peek(&mut first) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(first[0])),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if call::is_late(&error) && since.elapsed() < IDLE_TIMEOUT => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The side of a connection that reads.
+struct Conversation<'a, S: Service> {
+    replies: &'a Arc<Replies<S>>,
+    host: Ipv4Addr,
+    /// How many requests have got a number.
+    begun: u64,
+    /// Requests that are to be begun together.
+    asked: Vec<Asked<S>>,
+    /// Replies that were given at once, while nothing else is unanswered or
+    /// unwritten.
     out: Vec<u8>,
 }
 
 impl<S: Service> Conversation<'_, S> {
     fn run(&mut self, connections: &Connections) -> io::Result<()> {
-        self.stream.set_nodelay(true)?;
-        self.stream.set_read_timeout(Some(LOOK_UP))?;
-        self.stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
+        let service = Arc::clone(&self.replies.service);
         let mut decoder = Decoder::new();
         let mut class = Class::Alone;
         loop {
+            let mut is_clear = self.cork();
             loop {
                 let body = match decoder.next_frame() {
                     Ok(Some(body)) => body,
                     Ok(None) => break,
                     Err(error) => {
-                        self.finish_waiting()?;
-                        self.collect(Refusal::invalid(error.to_string()))?;
+                        self.finish()?;
+                        self.refuse(Refusal::invalid(error.to_string()), true);
                         return self.say_goodbye();
                     }
                 };
-                let request = self.service.decode(body);
-                let next = request.as_ref().map_or(Class::Alone, |it| self.service.class(it));
-                if next != class || next == Class::Alone || self.waiting.len() >= MAX_PIPELINED {
-                    self.finish_waiting()?;
+                let request = service.decode(body);
+                let next = request.as_ref().map_or(Class::Alone, |it| service.class(it));
+                let is_full = !is_clear && self.asked.len() >= MAX_PIPELINED;
+                if !is_clear && (next != class || next == Class::Alone || is_full) {
+                    self.finish()?;
+                    is_clear = self.cork();
                 }
                 class = next;
                 match request {
-                    Ok(request) => {
-                        let slot = Arc::new((Mutex::new(None), Condvar::new()));
-                        self.waiting.push_back(Arc::clone(&slot));
-                        self.service.begin(self.host, request, Ticket(slot));
-                    }
-                    Err(refusal) => self.collect(refusal)?,
+                    Err(refusal) => self.refuse(refusal, is_clear),
+                    Ok(request) => match service.answer(&request) {
+                        Some(reply) => self.take(reply, is_clear),
+                        None => {
+                            let ticket = self.ticket();
+                            self.asked.push((request, ticket));
+                            is_clear = false;
+                        }
+                    },
+                }
+                if self.out.len() >= WRITE_BATCH_BYTES {
+                    self.write_out()?;
                 }
             }
-            self.finish_waiting()?;
-            self.write()?;
-            if connections.is_stopping() || !self.read(&mut decoder)? {
+            self.write_out()?;
+            self.begin();
+            self.uncork();
+            let has_room = |state: &State<S::Reply>| {
+                state.slots.len() < MAX_PIPELINED && state.out.len() < WRITE_BATCH_BYTES
+            };
+            if !is_clear && !has_room(&self.replies.state()) && !self.replies.wait_until(has_room) {
                 return Ok(());
             }
+            if connections.is_stopping() || !self.read(&mut decoder)? {
+                // Who has said all that it had to say may still be listening.
+                return self.finish();
+            }
+        }
+    }
+
+    /// Nobody else writes from now on until [`Conversation::uncork`]. Returns whether
+    /// there is nothing that is unanswered or unwritten.
+    fn cork(&mut self) -> bool {
+        let mut state = self.replies.state();
+        state.is_corked = true;
+        state.slots.is_empty() && state.out.is_empty() && !state.is_writing
+    }
+
+    fn uncork(&mut self) {
+        let mut state = self.replies.state();
+        state.is_corked = false;
+        if !state.out.is_empty() || state.is_over {
+            self.replies.write(state, Manner::Patiently);
+        }
+    }
+
+    /// Where the answer to the next request goes.
+    fn ticket(&mut self) -> Ticket<S::Reply> {
+        self.replies.state().slots.push_back(None);
+        let number = self.begun;
+        self.begun += 1;
+        let replies: Arc<dyn Settle<S::Reply>> = Arc::<Replies<S>>::clone(self.replies);
+        Ticket { replies: Some(replies), number }
+    }
+
+    /// Takes a reply that was given at once.
+    fn take(&mut self, reply: S::Reply, is_clear: bool) {
+        if is_clear {
+            append(&*self.replies.service, &mut self.out, &reply);
+        } else {
+            self.ticket().reply(reply);
+        }
+    }
+
+    fn refuse(&mut self, refusal: Refusal, is_clear: bool) {
+        let reply = self.replies.service.refused(refusal);
+        self.take(reply, is_clear);
+    }
+
+    /// Writes what was given at once.
+    fn write_out(&mut self) -> io::Result<()> {
+        if !self.out.is_empty() {
+            (&*self.replies.stream).write_all(&self.out)?;
+            self.out.clear();
+            self.out.shrink_to(WRITE_BATCH_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Begins the requests that have been gathered.
+    fn begin(&mut self) {
+        if !self.asked.is_empty() {
+            let asked = std::mem::take(&mut self.asked);
+            self.replies.service.begin_all(self.host, asked);
+        }
+    }
+
+    /// Waits until everything is answered and written.
+    fn finish(&mut self) -> io::Result<()> {
+        self.write_out()?;
+        self.begin();
+        self.uncork();
+        let is_done = |state: &State<S::Reply>| {
+            state.slots.is_empty() && state.out.is_empty() && !state.is_writing
+        };
+        if self.replies.wait_until(is_done) {
+            Ok(())
+        } else {
+            Err(io::Error::other("closed without an answer"))
         }
     }
 
@@ -188,17 +590,15 @@ impl<S: Service> Conversation<'_, S> {
         let mut since = None;
         loop {
             let between = decoder.is_between_frames();
-            let limit = if between { IDLE_TIMEOUT } else { FRAME_TIMEOUT };
-            match (&mut &*self.stream).read(decoder.space()) {
+            match (&*self.replies.stream).read(decoder.space()) {
                 Ok(0) if between => return Ok(false),
                 Ok(0) => return Err(io::Error::other("closed in the middle of a message")),
                 Ok(count) => {
-                    let begins = between;
                     decoder.filled(count);
                     if decoder.has_frame() {
                         return Ok(true);
                     }
-                    if begins {
+                    if between {
                         since = None;
                     }
                 }
@@ -207,64 +607,29 @@ impl<S: Service> Conversation<'_, S> {
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
                 Err(error) => return Err(error),
             }
+            let (limit, what) = match between {
+                false => (FRAME_TIMEOUT, "a message that took too long"),
+                true if !self.replies.state().slots.is_empty() => {
+                    (ANSWER_TIMEOUT, "a request that was not answered")
+                }
+                true => (IDLE_TIMEOUT, "idle for too long"),
+            };
             if since.get_or_insert_with(Instant::now).elapsed() > limit {
-                let what =
-                    if between { "idle for too long" } else { "a message that took too long" };
                 return Err(io::Error::new(ErrorKind::TimedOut, what));
             }
         }
     }
 
-    /// Waits for the requests that are under way and collects their replies.
-    fn finish_waiting(&mut self) -> io::Result<()> {
-        while let Some(slot) = self.waiting.pop_front() {
-            let state = slot.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let waited = slot.1.wait_timeout_while(state, ANSWER_TIMEOUT, |state| state.is_none());
-            let outcome = waited.unwrap_or_else(PoisonError::into_inner).0.take();
-            match outcome {
-                Some(Outcome::Reply(reply)) => self.collect_reply(&reply)?,
-                Some(Outcome::Close) | None => {
-                    self.write()?;
-                    return Err(io::Error::other("closed without an answer"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn collect(&mut self, refusal: Refusal) -> io::Result<()> {
-        let reply = self.service.refused(refusal);
-        self.collect_reply(&reply)
-    }
-
-    fn collect_reply(&mut self, reply: &S::Reply) -> io::Result<()> {
-        if let Err(error) = append_frame(&mut self.out, reply) {
-            let refusal =
-                Refusal::invalid(format!("the reply is too long ({error}): ask for less"));
-            append_frame(&mut self.out, &self.service.refused(refusal))
-                .map_err(io::Error::other)?;
-        }
-        if self.out.len() >= WRITE_BATCH_BYTES { self.write() } else { Ok(()) }
-    }
-
-    fn write(&mut self) -> io::Result<()> {
-        if !self.out.is_empty() {
-            (&mut &*self.stream).write_all(&self.out)?;
-            self.out.clear();
-            self.out.shrink_to(WRITE_BATCH_BYTES);
-        }
-        Ok(())
-    }
-
     /// The last words on a stream that has lost its step. What it still sends is
     /// read for a moment: closing on unread bytes would take the words away.
     fn say_goodbye(&mut self) -> io::Result<()> {
-        self.write()?;
-        self.stream.shutdown(Shutdown::Write)?;
-        self.stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+        self.write_out()?;
+        let stream = &*self.replies.stream;
+        stream.shutdown(Shutdown::Write)?;
+        stream.set_read_timeout(Some(Duration::from_millis(100)))?;
         let mut rest = [0; 4096];
         for _ in 0..64 {
-            match (&mut &*self.stream).read(&mut rest) {
+            match (&mut &*stream).read(&mut rest) {
                 Ok(0) | Err(_) => break,
                 Ok(_) => {}
             }

@@ -1,6 +1,6 @@
 //! What a person at a terminal is shown instead of a line of JSON.
 
-use crate::view::messages::{ArcHealth, Health, RebalanceStatus};
+use crate::view::messages::{ArcHealth, Health, RebalanceStatus, Role};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt::Write;
 use std::time::Duration;
@@ -17,6 +17,12 @@ pub fn health(health: &Health) -> String {
         health.moving.len(),
         health.lost.len()
     );
+    if let Some(backup) = &health.restoring {
+        let _ = writeln!(
+            text,
+            "being restored from the backup {backup}: it serves nobody until `client restore` is done"
+        );
+    }
     let _ = writeln!(
         text,
         "{:>5}  {:<21}  {:>8}  {:>7}  {:>7}",
@@ -32,6 +38,21 @@ pub fn health(health: &Health) -> String {
             server.primary_of,
             server.replica_of,
             server.notes.join(", ")
+        );
+    }
+    for viewleader in health.viewleaders.iter().filter(|_| health.viewleaders.len() > 1) {
+        let role = match viewleader.role {
+            Role::Leader => "leads",
+            Role::Follower => "follows",
+            Role::Learner => "catches up",
+        };
+        let silent = (!viewleader.answers).then(|| "does not answer".to_owned());
+        let notes: Vec<String> = silent.into_iter().chain(viewleader.notes.clone()).collect();
+        let _ = writeln!(
+            text,
+            "viewleader {:<21}  {role:<10}  {}",
+            viewleader.address.to_string(),
+            notes.join(", ")
         );
     }
     let lists = [
@@ -51,6 +72,33 @@ pub fn health(health: &Health) -> String {
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// A progress bar for so many steps, on standard error if that is a terminal.
+#[derive(Debug)]
+pub struct Walk(ProgressBar);
+
+impl Walk {
+    /// A walk of `length` steps, which are called so.
+    pub fn new(length: u64, steps: &str) -> Self {
+        let bar = ProgressBar::new(length);
+        let look = format!("{{wide_bar}} {{pos}}/{{len}} {steps}  {{msg}}  {{eta}} to go");
+        if let Ok(style) = ProgressStyle::with_template(&look) {
+            bar.set_style(style);
+        }
+        Self(bar)
+    }
+
+    /// Shows how far it is, and how many keys that were.
+    pub fn show(&self, step: u64, keys: u64) {
+        self.0.set_position(step);
+        self.0.set_message(format!("{keys} keys"));
+    }
+
+    /// Takes the bar away.
+    pub fn end(self) {
+        self.0.finish_and_clear();
+    }
 }
 
 /// A progress bar on standard error.

@@ -1,9 +1,12 @@
 //! Links: calls from server to server, many at a time on one connection.
 //!
-//! A link has a bounded queue, a thread that writes what is queued (as much as
-//! there is in one write) and, while it is connected, a thread that reads the
-//! answers, which come in the order of the calls. Every call ends: with its
-//! answer, as not sent, or as lost.
+//! A link has a bounded queue. Whoever has put calls into it also writes them, as
+//! much as there is in one write, unless somebody is writing already: then that one
+//! takes them with it. So a call costs no change of threads, and the more there are
+//! the fewer writes they cost. What can't be done at once is left to a thread of the
+//! link: to connect, and to wait for another server that accepts no more for now.
+//! While it is connected a second thread reads the answers, which come in the order
+//! of the calls. Every call ends: with its answer, as not sent, or as lost.
 //!
 //! There are two links to each server, since answers come in order: one for
 //! calls that are answered at once (what replicas say to each other, reads), one
@@ -13,15 +16,14 @@
 
 use super::call;
 use super::threads;
-use crate::kv::messages::{Answer, Op, Request};
+use crate::kv::messages::{Answer, Request};
 use crate::kv::server::{CallError, CallId, PATIENCE};
 use crate::wire::{Decoder, append_frame};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddrV4, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How many calls can be queued for one link.
@@ -52,11 +54,15 @@ const LOOK_UP: Duration = Duration::from_millis(100);
 /// One write takes at most about this many bytes.
 const WRITE_BATCH_BYTES: usize = 256 * 1024;
 
+/// So many writes one does for others who queue calls meanwhile; then the thread of the
+/// link takes over, so that nobody is kept from its own work for long.
+const MAX_WRITES: usize = 8;
+
 /// What becomes of a call.
 pub type Result = std::result::Result<Answer, CallError>;
 
-/// Takes what becomes of calls.
-pub type Inbox = Arc<dyn Fn(CallId, Result) + Send + Sync>;
+/// Takes what becomes of calls, in the order in which they end.
+pub type Inbox = Arc<dyn Fn(Vec<(CallId, Result)>) + Send + Sync>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Lane {
@@ -67,7 +73,7 @@ enum Lane {
 impl Lane {
     fn of(request: &Request) -> Self {
         match request {
-            Request::Op(Op::PrimarySet(_) | Op::PrimaryCommit(_)) => Self::Patient,
+            Request::Op(op) if op.is_write() => Self::Patient,
             _ => Self::Prompt,
         }
     }
@@ -82,47 +88,54 @@ impl Lane {
 
 type Call = (CallId, Request);
 
-/// The queues of the links that there are. A link ends only under this lock and
-/// with an empty queue, so nothing is ever queued for one that has ended.
-type Queues = Arc<Mutex<HashMap<(SocketAddrV4, Lane), Sender<Call>>>>;
+/// The links that there are. A link ends only under this lock and with an empty
+/// queue, so nothing is ever queued for one that has ended.
+type Known = Arc<Mutex<HashMap<(SocketAddrV4, Lane), Arc<Link>>>>;
 
 /// All links of one server.
 pub struct Links {
-    queues: Queues,
+    known: Known,
     inbox: Inbox,
 }
 
 impl Links {
     /// No links yet; what becomes of calls goes to `inbox`.
     pub fn new(inbox: Inbox) -> Self {
-        Self { queues: Queues::default(), inbox }
+        Self { known: Known::default(), inbox }
     }
 
-    /// Queues a call to the server at `to`. Never blocks. Returns whether it was
-    /// queued; only then the inbox will hear of it.
-    pub fn call(&self, to: SocketAddrV4, call: CallId, request: Request) -> bool {
+    /// Queues a call to the server at `to`. Never blocks. Returns the link, which is to
+    /// be flushed; nothing if the call was not queued: then the inbox won't hear of it.
+    pub fn queue(&self, to: SocketAddrV4, call: CallId, request: Request) -> Option<Arc<Link>> {
         let lane = Lane::of(&request);
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queues.get(&(to, lane)) {
-            return queue.try_send((call, request)).is_ok();
-        }
-        if queues.len() >= MAX_LINKS {
-            return false;
-        }
-        let (sender, queue) = bounded(MAX_QUEUED);
-        let (inbox, shared) = (Arc::clone(&self.inbox), Arc::clone(&self.queues));
-        let writer = Writer { to, lane, queue, queues: shared, inbox, session: None, failed: None };
-        match threads::start(format!("to {to}"), move || writer.run()) {
-            Ok(_) => {
-                let queued = sender.try_send((call, request)).is_ok();
-                queues.insert((to, lane), sender);
-                queued
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = match known.get(&(to, lane)) {
+            Some(link) => Arc::clone(link),
+            None if known.len() >= MAX_LINKS => return None,
+            None => {
+                let link = Arc::new(Link {
+                    to,
+                    lane,
+                    inbox: Arc::clone(&self.inbox),
+                    state: Mutex::default(),
+                    work: Condvar::new(),
+                });
+                let (own, all) = (Arc::clone(&link), Arc::clone(&self.known));
+                if let Err(error) = threads::start(format!("to {to}"), move || own.run(&all)) {
+                    tracing::warn!("no thread for a link to {to}: {error}");
+                    return None;
+                }
+                known.insert((to, lane), Arc::clone(&link));
+                link
             }
-            Err(error) => {
-                tracing::warn!("no thread for a link to {to}: {error}");
-                false
-            }
+        };
+        let mut state = link.state();
+        if state.queue.len() >= MAX_QUEUED {
+            return None;
         }
+        state.queue.push_back((call, request));
+        drop(state);
+        Some(link)
     }
 }
 
@@ -140,106 +153,208 @@ impl Session {
         self.broken.store(true, Ordering::SeqCst);
         let _ = self.stream.shutdown(Shutdown::Both);
         let lost = std::mem::take(&mut *self.unanswered());
-        for (call, _) in lost {
-            inbox(call, Err(CallError::Lost));
+        if !lost.is_empty() {
+            inbox(lost.into_iter().map(|(call, _)| (call, Err(CallError::Lost))).collect());
         }
     }
 
-    fn unanswered(&self) -> std::sync::MutexGuard<'_, VecDeque<(CallId, Instant)>> {
+    fn unanswered(&self) -> MutexGuard<'_, VecDeque<(CallId, Instant)>> {
         self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct Writer {
+/// Calls on their way to one server.
+pub struct Link {
     to: SocketAddrV4,
     lane: Lane,
-    queue: Receiver<Call>,
-    queues: Queues,
     inbox: Inbox,
-    session: Option<Arc<Session>>,
-    /// When a connection could not be made last.
-    failed: Option<Instant>,
+    state: Mutex<State>,
+    /// There is something to do for the link's own thread.
+    work: Condvar,
 }
 
-impl Writer {
-    fn run(mut self) {
-        let mut frames = Vec::new();
-        let mut calls = Vec::new();
-        loop {
-            match self.queue.recv_timeout(IDLE) {
-                Ok(call) => self.take(call, &mut calls, &mut frames),
-                Err(RecvTimeoutError::Timeout) if !self.may_end() => continue,
-                Err(_) => break,
-            }
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Call>,
+    session: Option<Arc<Session>>,
+    /// Frames that were begun to be written, and were not accepted yet.
+    rest: Vec<u8>,
+    /// Somebody writes, and takes with it what is queued meanwhile.
+    is_writing: bool,
+    /// The thread of the link is needed: there is no connection, or it accepts no
+    /// more for now. It is the one that writes then.
+    needs_thread: bool,
+    /// When a connection could not be made last.
+    failed: Option<Instant>,
+    /// When something was written last.
+    used: Option<Instant>,
+}
+
+impl State {
+    /// The connection, if it holds.
+    fn connected(&self) -> Option<Arc<Session>> {
+        let session = self.session.as_ref()?;
+        (!session.broken.load(Ordering::SeqCst)).then(|| Arc::clone(session))
+    }
+}
+
+impl Link {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what is queued, as far as it can be written at once.
+    pub fn flush(&self) {
+        let state = self.state();
+        if state.is_writing || state.queue.is_empty() {
+            return;
+        }
+        match state.connected() {
+            Some(session) => drop(self.write(state, &session, MAX_WRITES, call::send_now)),
+            None => self.leave_to_thread(state),
+        }
+    }
+
+    fn leave_to_thread(&self, mut state: MutexGuard<'_, State>) {
+        (state.is_writing, state.needs_thread) = (true, true);
+        drop(state);
+        self.work.notify_one();
+    }
+
+    /// Writes what is queued by `send`, which returns how much was accepted. If that
+    /// is not all, or takes more than so many writes, the rest is for the link's thread.
+    fn write<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        session: &Session,
+        writes: usize,
+        send: impl Fn(&TcpStream, &[u8]) -> io::Result<usize>,
+    ) -> MutexGuard<'a, State> {
+        state.is_writing = true;
+        let mut frames = std::mem::take(&mut state.rest);
+        for _ in 0..writes {
+            let mut calls = Vec::new();
             while frames.len() < WRITE_BATCH_BYTES
-                && let Ok(call) = self.queue.try_recv()
+                && let Some(call) = state.queue.pop_front()
             {
-                self.take(call, &mut calls, &mut frames);
+                // Encoded without the lock, so that others can go on queueing.
+                drop(state);
+                self.append(call, &mut calls, &mut frames);
+                state = self.state();
             }
-            self.write(&mut calls, &frames);
+            if frames.is_empty() {
+                break;
+            }
+            drop(state);
+            let now = Instant::now();
+            session.unanswered().extend(calls.into_iter().map(|call| (call, now)));
+            match send(&session.stream, &frames) {
+                Ok(count) if count < frames.len() => {
+                    frames.drain(..count);
+                    state = self.state();
+                    state.rest = frames;
+                    state.needs_thread = true;
+                    self.work.notify_one();
+                    return state;
+                }
+                Ok(_) if !session.broken.load(Ordering::SeqCst) => {}
+                // Whatever has been written of it, it may have arrived.
+                _ => session.end(&self.inbox),
+            }
             frames.clear();
             frames.shrink_to(WRITE_BATCH_BYTES);
+            state = self.state();
+            state.used = Some(now);
+            if session.broken.load(Ordering::SeqCst) {
+                break;
+            }
         }
-        if let Some(session) = self.session {
+        state.is_writing = false;
+        if !state.queue.is_empty() {
+            (state.is_writing, state.needs_thread) = (true, true);
+            self.work.notify_one();
+        }
+        state
+    }
+
+    fn append(&self, (call, request): Call, calls: &mut Vec<CallId>, frames: &mut Vec<u8>) {
+        match append_frame(frames, &request) {
+            Ok(()) => calls.push(call),
+            Err(error) => {
+                tracing::error!("a call to {} is too long: {error}", self.to);
+                (self.inbox)(vec![(call, Err(CallError::NotSent))]);
+            }
+        }
+    }
+
+    /// What the thread of the link does: whatever takes time.
+    fn run(self: Arc<Self>, known: &Known) {
+        loop {
+            let mut state = self.state();
+            if !state.needs_thread {
+                let waited = self.work.wait_timeout_while(state, IDLE, |it| !it.needs_thread);
+                let (guard, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+                state = guard;
+                if timeout.timed_out() && !state.needs_thread {
+                    drop(state);
+                    if self.may_end(known) {
+                        break;
+                    }
+                    continue;
+                }
+            }
+            state.needs_thread = false;
+            match state.connected() {
+                Some(session) => drop(self.write(state, &session, usize::MAX, call::send_all)),
+                None => {
+                    // What was begun on a connection that is gone is lost with it.
+                    state.rest.clear();
+                    let failed = state.failed;
+                    drop(state);
+                    self.connect_or_refuse(failed);
+                }
+            }
+        }
+        let session = self.state().session.take();
+        if let Some(session) = session {
             session.end(&self.inbox);
+        }
+    }
+
+    /// Makes the connection and writes what is queued, or ends it as not sent.
+    fn connect_or_refuse(&self, failed: Option<Instant>) {
+        let is_too_soon = failed.is_some_and(|failed| failed.elapsed() < BACK_OFF);
+        let connected = if is_too_soon { None } else { Some(self.connect()) };
+        let mut state = self.state();
+        match connected {
+            Some(Ok(session)) => {
+                (state.session, state.failed) = (Some(Arc::clone(&session)), None);
+                return drop(self.write(state, &session, usize::MAX, call::send_all));
+            }
+            Some(Err(error)) => {
+                tracing::debug!("no link to {}: {error}", self.to);
+                state.failed = Some(Instant::now());
+            }
+            None => {}
+        }
+        state.is_writing = false;
+        let unsent = std::mem::take(&mut state.queue);
+        drop(state);
+        let unsent: Vec<_> =
+            unsent.into_iter().map(|(call, _)| (call, Err(CallError::NotSent))).collect();
+        if !unsent.is_empty() {
+            (self.inbox)(unsent);
         }
     }
 
     /// Whether there is nothing to do for this link any more: then it is off the
     /// list.
-    fn may_end(&self) -> bool {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        self.queue.is_empty() && queues.remove(&(self.to, self.lane)).is_some()
-    }
-
-    fn take(&self, (call, request): Call, calls: &mut Vec<CallId>, frames: &mut Vec<u8>) {
-        match append_frame(frames, &request) {
-            Ok(()) => calls.push(call),
-            Err(error) => {
-                tracing::error!("a call to {} is too long: {error}", self.to);
-                (self.inbox)(call, Err(CallError::NotSent));
-            }
-        }
-    }
-
-    fn write(&mut self, calls: &mut Vec<CallId>, frames: &[u8]) {
-        let Some(session) = self.connected() else {
-            for call in calls.drain(..) {
-                (self.inbox)(call, Err(CallError::NotSent));
-            }
-            return;
-        };
-        let now = Instant::now();
-        session.unanswered().extend(calls.drain(..).map(|call| (call, now)));
-        if (&session.stream).write_all(frames).is_err() || session.broken.load(Ordering::SeqCst) {
-            // Whatever has been written of it, it may have arrived.
-            session.end(&self.inbox);
-        }
-    }
-
-    /// The connection, made anew if need be.
-    fn connected(&mut self) -> Option<Arc<Session>> {
-        if let Some(session) = &self.session {
-            if !session.broken.load(Ordering::SeqCst) {
-                return Some(Arc::clone(session));
-            }
-            self.session = None;
-        }
-        if self.failed.is_some_and(|failed| failed.elapsed() < BACK_OFF) {
-            return None;
-        }
-        match self.connect() {
-            Ok(session) => {
-                self.failed = None;
-                self.session = Some(Arc::clone(&session));
-                Some(session)
-            }
-            Err(error) => {
-                tracing::debug!("no link to {}: {error}", self.to);
-                self.failed = Some(Instant::now());
-                None
-            }
-        }
+    fn may_end(&self, known: &Known) -> bool {
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state();
+        let is_busy = !state.queue.is_empty() || state.is_writing || state.needs_thread;
+        let is_in_use = is_busy || state.used.is_some_and(|used| used.elapsed() < IDLE);
+        !is_in_use && known.remove(&(self.to, self.lane)).is_some()
     }
 
     fn connect(&self) -> io::Result<Arc<Session>> {
@@ -273,17 +388,31 @@ fn read_answers(session: &Session, inbox: &Inbox, limit: Duration) -> io::Result
             Err(error) if call::is_late(&error) => {}
             Err(error) => return Err(error),
         }
-        while let Some(body) = decoder.next_frame().map_err(io::Error::other)? {
-            let Some((call, _)) = session.unanswered().pop_front() else {
-                return Err(io::Error::other("an answer that nobody has asked for"));
-            };
-            // A server that answers in other words has refused the call.
-            let answer = serde_json::from_slice(body).map_err(|_| CallError::NotSent);
-            inbox(call, answer);
+        let mut ended = Vec::new();
+        let taken = take_answers(session, &mut decoder, &mut ended);
+        if !ended.is_empty() {
+            inbox(ended);
         }
+        taken?;
         let oldest = session.unanswered().front().map(|(_, since)| *since);
         if session.broken.load(Ordering::SeqCst) || oldest.is_some_and(|at| at.elapsed() > limit) {
             return Err(io::Error::other("no answer in time"));
         }
     }
+}
+
+/// Matches the answers that have come with their calls.
+fn take_answers(
+    session: &Session,
+    decoder: &mut Decoder,
+    ended: &mut Vec<(CallId, Result)>,
+) -> io::Result<()> {
+    while let Some(body) = decoder.next_frame().map_err(io::Error::other)? {
+        let Some((call, _)) = session.unanswered().pop_front() else {
+            return Err(io::Error::other("an answer that nobody has asked for"));
+        };
+        // A server that answers in other words has refused the call.
+        ended.push((call, serde_json::from_slice(body).map_err(|_| CallError::NotSent)));
+    }
+    Ok(())
 }

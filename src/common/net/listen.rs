@@ -181,7 +181,7 @@ fn accept<S: Service>(
         let listed = Listed { connections: Arc::clone(connections), id };
         let service = Arc::clone(service);
         let started = threads::start(format!("from {from}"), move || {
-            connection::serve(&stream, from, &*service, &listed.connections);
+            connection::serve(&stream, from, &service, &listed.connections);
         });
         if let Err(error) = started {
             tracing::warn!("no thread for a connection from {from}: {error}");

@@ -1,17 +1,17 @@
 //! The shell of a server.
 
-use super::call::{CallFailure, Walked, Walker};
+use super::call::{self, CallFailure, Company, Walked, Walker};
 use super::clock::Clock;
-use super::connection::{Class, Service, Ticket};
+use super::connection::{Asked, Class, Service, Ticket};
 use super::daemon;
 use super::journal::Journal;
-use super::links::Links;
+use super::links::{Link, Links};
 use super::threads;
 use crate::kv::disk::{self, Record};
 use crate::kv::messages::{Public, Reply, Request};
 use crate::kv::server::{
-    BEATS_PER_LEASE, CallError, Effect, Input, Server, Settings, ViewCall, ViewError, ViewNews,
-    WATCH,
+    BEATS_PER_LEASE, CallError, CallId, Effect, Input, Server, Settings, ViewCall, ViewError,
+    ViewNews, WATCH,
 };
 use crate::machine::Machine;
 use crate::store::Store;
@@ -24,7 +24,7 @@ use rand::rngs::StdRng;
 use serde::de::DeserializeOwned;
 use std::error::Error;
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 /// How often the machine is told that time has passed.
@@ -39,7 +39,8 @@ type To = Ticket<Reply>;
 /// A server behind a listener.
 pub struct KvShell {
     clock: Clock,
-    machine: Mutex<Server<To>>,
+    /// Reads that change nothing share it.
+    machine: RwLock<Server<To>>,
     links: Links,
     journal: Journal,
     beats: Sender<ViewCall>,
@@ -70,10 +71,11 @@ impl KvShell {
             let inbox = this.clone();
             Self {
                 clock: Clock::default(),
-                machine: Mutex::new(Server::new(settings, recovered, rng)),
-                links: Links::new(Arc::new(move |call, result| {
+                machine: RwLock::new(Server::new(settings, recovered, rng)),
+                links: Links::new(Arc::new(move |ended| {
                     if let Some(shell) = inbox.upgrade() {
-                        shell.step(Input::Answered { call, result });
+                        let answered = |(call, result)| Input::Answered { call, result };
+                        shell.step_all(ended.into_iter().map(answered));
                     }
                 })),
                 journal: Journal::default(),
@@ -98,12 +100,13 @@ impl KvShell {
                 }
             },
         )?;
+        let company = Company::default();
         for (name, calls, limit) in [
             ("heartbeats", beats.1, beat_limit),
             ("views", views.1, WATCH + VIEW_CALL_SLACK),
             ("reports", reports.1, VIEW_CALL_SLACK),
         ] {
-            let walker = Walker::new(viewleaders.to_vec(), PortRange::VIEWLEADER);
+            let walker = Walker::new(viewleaders.to_vec(), PortRange::VIEWLEADER, company.clone());
             let shell = Arc::downgrade(&shell);
             threads::start(name, move || call_viewleader(&shell, &calls, walker, limit))?;
         }
@@ -118,50 +121,83 @@ impl KvShell {
     }
 
     fn step(&self, input: Input<To>) {
-        let mut effects = Vec::new();
-        let (mut later, mut unsent) = (Vec::new(), Vec::new());
+        self.step_all([input]);
+    }
+
+    /// Takes what has come together: the machine is locked once.
+    fn step_all(&self, inputs: impl IntoIterator<Item = Input<To>>) {
+        let (mut effects, mut later) = (Vec::new(), Later::default());
         {
-            let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut machine = self.machine.write().unwrap_or_else(PoisonError::into_inner);
             let now = self.clock.now();
-            machine.step(now, input, &mut effects);
+            for input in inputs {
+                machine.step(now, input, &mut effects);
+            }
             // Calls and batches are queued under the lock, so that they stay in
             // their order.
             for effect in effects {
                 match effect {
                     Effect::Call { to, call, request } => {
-                        if !self.links.call(to, call, request) {
-                            unsent.push(call);
+                        match self.links.queue(to, call, request) {
+                            Some(link) => later.flush(link),
+                            None => later.unsent.push(call),
                         }
                     }
                     Effect::Store { batch, records } => {
                         let changes = records.into_iter().map(Record::into_change).collect();
                         self.journal.submit(changes, batch);
                     }
-                    effect => later.push(effect),
+                    effect => later.effects.push(effect),
                 }
             }
         }
-        for effect in later {
+        later.finish(self);
+    }
+}
+
+/// What is done without the lock.
+#[derive(Default)]
+struct Later {
+    /// Calls have been queued for these.
+    links: Vec<Arc<Link>>,
+    effects: Vec<Effect<To>>,
+    unsent: Vec<CallId>,
+}
+
+impl Later {
+    fn flush(&mut self, link: Arc<Link>) {
+        if !self.links.iter().any(|known| Arc::ptr_eq(known, &link)) {
+            self.links.push(link);
+        }
+    }
+
+    fn finish(self, shell: &KvShell) {
+        for link in self.links {
+            link.flush();
+        }
+        for effect in self.effects {
             match effect {
                 Effect::Reply { to, reply } => to.reply(reply),
                 Effect::Close { to } => to.close(),
                 Effect::CallView(call) => {
                     let lane = match call {
-                        ViewCall::Beat(_) => &self.beats,
-                        ViewCall::View(_) => &self.views,
-                        ViewCall::Report(_) => &self.reports,
+                        ViewCall::Beat(_) => &shell.beats,
+                        ViewCall::View(_) => &shell.views,
+                        ViewCall::Report(_) => &shell.reports,
                     };
                     // One of each kind is under way at most, so there is room.
                     let _ = lane.try_send(call);
                 }
                 Effect::Print(line) => daemon::print_line(&line),
                 Effect::Note(note) => tracing::info!("{note}"),
-                Effect::End => (self.left)(),
+                Effect::End => (shell.left)(),
                 Effect::Call { .. } | Effect::Store { .. } => unreachable!("they have been queued"),
             }
         }
-        for call in unsent {
-            self.step(Input::Answered { call, result: Err(CallError::NotSent) });
+        if !self.unsent.is_empty() {
+            let result = || Err(CallError::NotSent);
+            let unsent = self.unsent.into_iter();
+            shell.step_all(unsent.map(|call| Input::Answered { call, result: result() }));
         }
     }
 }
@@ -198,6 +234,8 @@ fn read_answer<A: DeserializeOwned>(walked: Walked) -> Result<A, ViewError> {
     match walked {
         Walked::Answer { body, .. } => serde_json::from_slice(&body)
             .map_err(|error| refused(&format!("an answer that makes no sense: {error}"))),
+        // Another one will lead soon.
+        Walked::Refused { body, .. } if call::not_leader(&body).is_some() => Err(ViewError::Lost),
         Walked::Refused { body, .. } => Err(ViewError::Refused(
             serde_json::from_slice(&body)
                 .unwrap_or_else(|_| Refusal::unavailable(String::from_utf8_lossy(&body))),
@@ -221,14 +259,24 @@ impl Service for KvShell {
     fn class(&self, request: &Request) -> Class {
         match request {
             Request::Public(Public::Get(_) | Public::Getr(_)) => Class::Read,
-            Request::Public(Public::Setr(_)) => Class::Write,
+            Request::Public(Public::Setr(_) | Public::Load(_)) => Class::Write,
             Request::Public(_) => Class::Alone,
             Request::Op(_) | Request::Peer(_) => Class::Server,
         }
     }
 
+    fn answer(&self, request: &Request) -> Option<Reply> {
+        let machine = self.machine.read().unwrap_or_else(PoisonError::into_inner);
+        machine.answer_now(self.clock.now(), request)
+    }
+
     fn begin(&self, _: Ipv4Addr, request: Request, ticket: To) {
         self.step(Input::Request { from: ticket, request });
+    }
+
+    fn begin_all(&self, _: Ipv4Addr, requests: Vec<Asked<Self>>) {
+        let begin = |(request, from)| Input::Request { from, request };
+        self.step_all(requests.into_iter().map(begin));
     }
 
     fn refused(&self, refusal: Refusal) -> Reply {
