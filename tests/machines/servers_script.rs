@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `cluster s1 s2 s3` | start these one after the other, each once the one before has settled |
 //! | `start s4` | start one more; or one that has died, again over its disk |
+//! | `start s4 sync=lazy` | start one more, whose disk is synced only now and then |
 //! | `start s4 on=s1` | start one more where another one was, with a disk of its own |
 //! | `let pear plum owner=s4` | `pear` and `plum` stand for keys in the arc of `s4`, which may be yet to start |
 //! | `s1 setr KEY VALUE`, `s1 getr KEY`, `get`, `set`, `query_all_keys` | a client asks that server |
@@ -21,6 +22,8 @@
 //! | `start viewleader` | again over its disk |
 //! | `replace_viewleader` | by one that remembers nothing |
 //! | `drain s1` | the viewleader is told that s1 is to leave |
+//! | `restore begin above=N`, `restore load`, `restore finish`, `restore give_up` | the viewleader is told of a step of a restore |
+//! | `s1 backup FROM`, `s1 load KEY VALUE` | whoever takes a backup, or restores one, asks that server |
 //! | `groups [KEY]` | the view, or the group of a key |
 //! | `keys s1` | what s1 holds, sorted |
 //! | `disk s1` | what is on its disk, sorted |
@@ -32,13 +35,14 @@
 //! what has not reached its disk.
 
 use super::arguments::{Failure, exactly, option, positional, span};
-use super::chance::Steady;
-use super::cluster::{Clock, Cluster, Outcome, Start};
-use super::network::{Lane, Party};
 use goldenscript::{Command, Context, Runner};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use ringleader::kv::ring::{self, Point};
+use ringleader::kv::server::Batch;
+use ringleader::sim::chance::Steady;
+use ringleader::sim::cluster::{Clock, Cluster, Outcome, Start};
+use ringleader::sim::network::{Lane, Party};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -47,6 +51,9 @@ const QUIET: Duration = Duration::from_millis(500);
 
 /// `settle` gives up after this long.
 const MAX_SETTLE: Duration = Duration::from_secs(60);
+
+/// The backup of which scripts speak.
+const BACKUP: &str = "00000000000000b1";
 
 /// One script's cluster.
 pub(crate) struct ServersScript {
@@ -76,13 +83,16 @@ impl ServersScript {
         match command.name.as_str() {
             "cluster" => {
                 for name in positional(command) {
-                    self.start(name, None)?;
+                    self.start(name, None, false)?;
                     self.settle()?;
                 }
             }
             "start" => match exactly(command)? {
-                ["viewleader"] => self.cluster.start_viewleader(),
-                [name] => self.start(name, option(command, "on"))?,
+                ["viewleader"] => self.cluster.start_viewleader(0),
+                [name] => {
+                    let lazy = option(command, "sync") == Some("lazy");
+                    self.start(name, option(command, "on"), lazy)?;
+                }
             },
             "let" => {
                 let owner = option(command, "owner").ok_or("owner=SERVER is missing")?;
@@ -105,12 +115,20 @@ impl ServersScript {
             "fill" | "clear" => match self.one(command)? {
                 Party::Server(server) if command.name == "fill" => self.cluster.fill_disk(server),
                 Party::Server(server) => self.cluster.clear_disk(server),
-                Party::Viewleader => return Err("only servers' disks can be full".into()),
+                _ => return Err("only servers' disks can be full".into()),
             },
             "drain" => match self.one(command)? {
                 Party::Server(server) => self.cluster.drain(server),
-                Party::Viewleader => return Err("the viewleader can't leave".into()),
+                _ => return Err("the viewleader can't leave".into()),
             },
+            "restore" => {
+                let [step] = exactly(command)?;
+                let mut request = json!({"backup": BACKUP, "step": step});
+                if let Some(above) = option(command, "above") {
+                    request["above"] = json!(above.parse::<u64>()?);
+                }
+                self.cluster.restore(serde_json::from_value(request)?);
+            }
             "disk" => return self.disk(self.one(command)?),
             "show" => match exactly(command)? {
                 ["groups"] => self.cluster.trace.with_groups = true,
@@ -139,7 +157,7 @@ impl ServersScript {
         self.party(name)
     }
 
-    fn start(&mut self, name: &str, on: Option<&str>) -> Result<(), Failure> {
+    fn start(&mut self, name: &str, on: Option<&str>, lazy: bool) -> Result<(), Failure> {
         let cluster = &mut self.cluster;
         let new = u8::try_from(cluster.servers() + 1)?;
         let before = |cluster: &Cluster, name| match cluster.party(name) {
@@ -154,13 +172,21 @@ impl ServersScript {
         };
         // Who is started again and must be somebody else draws other numbers.
         let seed = seed(name) + if disk.is_some() { u64::from(new) << 32 } else { 0 };
-        cluster.start(Start { name, host, disk, seed, clock: Clock::default() });
+        cluster.start(Start {
+            name,
+            host,
+            disk,
+            seed,
+            clock: Clock::default(),
+            lazy,
+            batch: Batch::default(),
+        });
         Ok(())
     }
 
     fn settle(&mut self) -> Result<(), Failure> {
         let deadline = self.cluster.now() + MAX_SETTLE;
-        let seen = |cluster: &Cluster| (cluster.trace.len(), cluster.view().revision);
+        let seen = |cluster: &Cluster| (cluster.trace.count(), cluster.view().revision);
         let mut last = (seen(&self.cluster), self.cluster.now());
         while self.cluster.now().since(last.1) < QUIET {
             self.cluster.step();
@@ -274,7 +300,11 @@ impl ServersScript {
         let Party::Server(at) = at else { return Err("only servers hold keys".into()) };
         let stored = self.cluster.stored(self.cluster.disk(at));
         let entries = stored.entries.iter().map(|(_, entry)| {
-            format!("{}={}@{}", self.cluster.names.key(&entry.key), entry.value, entry.version)
+            let (key, version) = (self.cluster.names.key(&entry.key), entry.version);
+            match &entry.content.value {
+                Some(value) => format!("{key}={value}@{version}"),
+                None => format!("no {key}@{version}"),
+            }
         });
         let mut entries: Vec<String> = entries.collect();
         entries.sort_unstable();
@@ -286,16 +316,28 @@ impl ServersScript {
         let Party::Server(at) = at else { return Err("clients ask servers".into()) };
         let arguments = positional(command);
         let key = |alias| self.cluster.names.key_of(alias);
-        let body = match arguments.as_slice() {
+        let mut body = match arguments.as_slice() {
             ["setr", k, v] => json!({"cmd": "setr", "key": key(k), "val": v, "direct": true}),
             ["commit", k, v] => json!({"cmd": "setr", "key": key(k), "val": v}),
             ["set", k, v] => json!({"cmd": "set", "key": key(k), "val": v}),
             [cmd @ ("get" | "getr" | "setr_request" | "setr_deny"), k] => {
                 json!({"cmd": cmd, "key": key(k)})
             }
+            ["load", k, v] => {
+                json!({"cmd": "load", "backup": BACKUP,
+                       "entry": {"key": key(k), "version": "1.1", "value": v}})
+            }
+            ["backup", from] => json!({"cmd": "backup", "from": from.parse::<u16>()?}),
+            ["delr", k] => json!({"cmd": "delr", "key": key(k)}),
             ["query_all_keys"] => json!({"cmd": "query_all_keys"}),
             _ => return Err(format!("there is no command such as {command}").into()),
         };
+        if let Some(version) = option(command, "if") {
+            body["if_version"] = version.into();
+        }
+        if let Some((lock, token)) = option(command, "fence").and_then(|it| it.split_once('@')) {
+            body["fence"] = json!({"lock": lock, "token": token.parse::<u64>()?});
+        }
         self.cluster.ask(at, &body);
         Ok(())
     }

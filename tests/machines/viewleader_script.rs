@@ -3,8 +3,9 @@
 //! | command | meaning |
 //! |---|---|
 //! | `at 12s` | the clock shows this, until it is set again |
-//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [lineage=N_..] [formerly=ID]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
+//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [lineage=N_..] [formerly=ID_..] [chosen=EPOCH]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
 //! | `query_servers`, `lock_get LOCK ID`, `lock_release LOCK ID` | the original's |
+//! | `lock_get LOCK ID [ttl=4s] [wait=1s] [shared=yes]`, `lock_keep LOCK ID [token=N]`, `lock_list` | ours |
 //! | `query_view [after=N] [wait=10s]` | ours; its answer is shown as `view REVISION`, or as it is with the tag `[json]` |
 //! | `report ID [ready=ARC[@N]] [established=ARC[@N]]` | ARC is the identity at which the arc starts, N the group's version: unless told otherwise, the one it has |
 //! | `drain IP:PORT`, `rebalance_status` | ours |
@@ -14,6 +15,8 @@
 //! | `slept 5s` | the process has not run for so long |
 //! | `ending` | the process is about to end |
 //! | `hold_log`, `release_log` | from now on changes do not reach the log; now they do |
+//! | `cut_off`, `heal` | from now on nobody confirms that it leads; now they do |
+//! | `retire IP:PORT` | it leads no more: this one does |
 //! | `restart` | the process is killed and started again over its log |
 //! | `replace` | another viewleader, which remembers nothing, takes its place |
 //! | `groups` | the view, for people |
@@ -22,14 +25,14 @@
 //! with the request's number, which is said when it has to wait.
 
 use super::arguments::{Failure, exactly, given, option, positional, span};
-use super::disk::Disk;
-use super::names::Names;
 use goldenscript::{Command, Context, Runner};
 use ringleader::kv::ring::Point;
 use ringleader::machine::{Machine, Time};
+use ringleader::sim::disk::Disk;
+use ringleader::sim::lone_log as log;
+use ringleader::sim::names::Names;
 use ringleader::view::View;
 use ringleader::view::leader::{Effect, Input, Leader, Worker};
-use ringleader::view::log;
 use ringleader::view::messages::{ViewReply, ViewRequest};
 use ringleader::view::state::State;
 use ringleader::wire::Identity;
@@ -45,6 +48,8 @@ pub(crate) struct ViewleaderScript {
     leader: Leader<u32>,
     log: Disk,
     is_log_held: bool,
+    /// The last confirmation that did not come, while none do.
+    unconfirmed: Option<Option<u64>>,
     workers: BTreeSet<Worker>,
     requests: u32,
     /// The view as it was seen last.
@@ -59,6 +64,7 @@ impl Default for ViewleaderScript {
             leader: Leader::new(Time::default(), State::default(), 0),
             log: Disk::default(),
             is_log_held: false,
+            unconfirmed: None,
             workers: BTreeSet::new(),
             requests: 0,
             view: Arc::default(),
@@ -96,6 +102,29 @@ impl Runner for ViewleaderScript {
             "release_log" => {
                 self.is_log_held = false;
                 Ok(self.commit())
+            }
+            "cut_off" => {
+                self.unconfirmed = Some(None);
+                Ok(String::new())
+            }
+            "heal" => {
+                let number = self.unconfirmed.take().flatten();
+                let confirmed = number.map(|number| Input::Confirmed { number });
+                Ok(confirmed.map_or(String::new(), |input| self.step(input, None, as_json)))
+            }
+            "retire" => {
+                let [next] = exactly(command)?;
+                let fresh = Leader::new(self.now, State::default(), 0);
+                let mut effects = Vec::new();
+                std::mem::replace(&mut self.leader, fresh)
+                    .retire(Some(next.parse()?), &mut effects);
+                let mut lines = String::new();
+                for effect in effects {
+                    if let Effect::Reply { to, reply } = effect {
+                        writeln!(lines, "to request {to}: {}", show(&reply, as_json))?;
+                    }
+                }
+                Ok(lines)
             }
             "restart" => {
                 self.log.crash(0);
@@ -155,7 +184,10 @@ impl ViewleaderScript {
                     request["lineage"] = starts?.into();
                 }
                 if let Some(formerly) = option(command, "formerly") {
-                    request["formerly"] = identity(formerly);
+                    request["formerly"] = formerly.split('_').map(identity).collect();
+                }
+                if let Some(epoch) = number("chosen")? {
+                    request["chosen_in"] = epoch.into();
                 }
                 request
             }
@@ -180,8 +212,30 @@ impl ViewleaderScript {
                 json!({"cmd": cmd, "requestor": requestor, "ready": ready, "established": established})
             }
             ("lock_get" | "lock_release", [lock, id]) => {
-                json!({"cmd": cmd, "lockid": lock, "requestor": identity(id)})
+                let mut request = json!({"cmd": cmd, "lockid": lock, "requestor": identity(id)});
+                for (name, field) in [("ttl", "ttl_ms"), ("wait", "wait_ms")] {
+                    if let Some(time) = option(command, name) {
+                        request[field] = json!(span(time)?.as_millis() as u64);
+                    }
+                }
+                if option(command, "shared").is_some() {
+                    request["shared"] = json!(true);
+                }
+                request
             }
+            ("lock_keep", [lock, id]) => {
+                let request =
+                    json!({"cmd": "lock_keep", "lockid": lock, "requestor": identity(id)});
+                match number("token")? {
+                    Some(token) => {
+                        let mut request = request;
+                        request["token"] = token.into();
+                        request
+                    }
+                    None => request,
+                }
+            }
+            ("lock_list", []) => json!({"cmd": "lock_list"}),
             _ => return Err(format!("there is no command such as {command}").into()),
         })
     }
@@ -234,6 +288,13 @@ impl ViewleaderScript {
                             inputs.push_back(Input::Committed { index });
                             Ok(())
                         }
+                    }
+                    Effect::Confirm { number } => {
+                        match &mut self.unconfirmed {
+                            Some(last) => *last = Some(number),
+                            None => inputs.push_back(Input::Confirmed { number }),
+                        }
+                        Ok(())
                     }
                     Effect::StartWorker(worker) => {
                         self.workers.insert(worker);
