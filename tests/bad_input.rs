@@ -58,15 +58,9 @@ impl Target {
         let address = program.listening();
         // A lock that is held is a fact that nothing in this file changes.
         let good = json!({"cmd": "lock_get", "lockid": "witnessed", "requestor": "witness"});
-        Self {
-            program,
-            address,
-            leader: address,
-            good,
-            answer: json!({"status": "granted"}),
-            _viewleader: None,
-            _data: None,
-        }
+        let answer = call(address, &good).value();
+        assert_eq!(answer["status"], "granted");
+        Self { program, address, leader: address, good, answer, _viewleader: None, _data: None }
     }
 
     /// A server that is a cluster by itself.

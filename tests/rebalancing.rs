@@ -405,7 +405,7 @@ fn query_until(leader: SocketAddrV4, end: &AtomicBool) -> (Duration, usize) {
 #[test]
 fn the_viewleader_answers_all_through_a_rebalancing() {
     let mut nodes = Nodes::start(3, 4.0);
-    let keys = pairs("key", sized(5_000, 200_000));
+    let keys = pairs("key", sized(5_000, 1_000_000));
     keys.chunks(20_000).for_each(|part| write_all(nodes.at(0), part));
     let (leader, end) = (nodes.leader(), AtomicBool::new(false));
     thread::scope(|scope| {

@@ -10,6 +10,8 @@
 //! * [`traffic`]: readers and writers that know what they have been promised.
 //! * [`nodes`]: a cluster of ours whose programs are killed, stopped and started
 //!   again over their disks.
+//! * [`files`]: a master and chunkservers of which the same is done.
+//! * [`viewleaders`]: a group of viewleaders of which the same is done.
 //!
 //! Every test binary that says `mod support;` compiles all of it.
 
@@ -24,9 +26,11 @@
               sockets and threads"
 )]
 
+pub(crate) mod files;
 pub(crate) mod keys;
 pub(crate) mod nodes;
 pub(crate) mod process;
 pub(crate) mod systems;
 pub(crate) mod traffic;
+pub(crate) mod viewleaders;
 pub(crate) mod wire;

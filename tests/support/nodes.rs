@@ -272,6 +272,11 @@ impl Nodes {
         }
     }
 
+    /// Waits for that in a cluster that serves nobody, as one that is being restored.
+    pub(crate) fn wait_until_at_rest_unserved(&self) {
+        wait_until("all is at rest", PATIENCE, || self.is_at_rest().then_some(()));
+    }
+
     /// Waits until the server with this index is no member any more.
     pub(crate) fn wait_until_out(&self, index: usize) {
         let gone = self.at(index);

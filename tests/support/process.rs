@@ -177,7 +177,9 @@ impl Program {
         })
     }
 
-    /// Sends it a signal by name: `TERM`, `INT`, `STOP`, `CONT`, `KILL`.
+    /// Sends it a signal by name: `TERM`, `INT`, `STOP`, `CONT`, `KILL`. After `STOP`
+    /// all of its threads stand still: until one of them has taken that signal, the
+    /// others go on.
     ///
     /// # Panics
     /// If the signal can't be sent.
@@ -185,6 +187,20 @@ impl Program {
         let line = format!("kill -{name} {}", self.id());
         let status = Command::new("sh").arg("-c").arg(line).status().unwrap();
         assert!(status.success(), "SIG{name} did not reach {}", self.name);
+        if name == "STOP" {
+            wait_until("it stands still", PATIENCE, || self.is_stopped().then_some(()));
+        }
+    }
+
+    /// Whether all of its threads are stopped, or have ended.
+    fn is_stopped(&self) -> bool {
+        let threads = format!("/proc/{}/task", self.id());
+        let Ok(threads) = std::fs::read_dir(threads) else { return true };
+        threads.flatten().all(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The state stands behind the name, which is in parentheses.
+            stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+        })
     }
 
     /// Waits until it has ended.

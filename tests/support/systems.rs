@@ -230,15 +230,20 @@ impl Scripts {
     /// The start of a command line for one of the scripts.
     fn command(&self, script: &str, viewleaders: PortRange, servers: PortRange) -> Command {
         let range = |ports: PortRange| format!("{}:{}", ports.first, ports.count);
-        let mut command = Command::new(&self.python);
+        let mut command = self.python(Path::new(script));
         command
-            .arg(self.folder.join(script))
-            // What a program prints is to be seen at once.
-            .env("PYTHONUNBUFFERED", "1")
-            .env("PYTHONDONTWRITEBYTECODE", "1")
             .env("RINGLEADER_REFERENCE_BIND", "127.0.0.1")
             .env("RINGLEADER_REFERENCE_VIEWLEADER_PORTS", range(viewleaders))
             .env("RINGLEADER_REFERENCE_SERVER_PORTS", range(servers));
+        command
+    }
+
+    /// The start of a command line for a script of the reference, or for any other.
+    pub(crate) fn python(&self, script: &Path) -> Command {
+        let mut command = Command::new(&self.python);
+        command.arg(self.folder.join(script));
+        // What a program prints is to be seen at once.
+        command.env("PYTHONUNBUFFERED", "1").env("PYTHONDONTWRITEBYTECODE", "1");
         if let Some(seconds) = self.heartbeat {
             command.env("RINGLEADER_REFERENCE_HEARTBEAT", seconds);
         }
