@@ -1,0 +1,262 @@
+//! The file system against what the machine can do, against itself, and MooseFS.
+
+use super::super::load::{Client, Load, drive};
+use super::super::ours::Connection;
+use super::super::programs::{Daemon, loopback, our_folder};
+use super::{Effort, Figure, Goal};
+use ringleader::gfs::FileName;
+use ringleader::gfs::messages::{MasterRequest, Status};
+use ringleader::net::files::{Failure, FileClient};
+use ringleader::wire::HostPort;
+use serde_json::json;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How many bytes are written and read in one turn.
+const BYTES: usize = 256 * 1024 * 1024;
+
+/// In pieces of this size.
+const PIECE: usize = 1024 * 1024;
+
+/// A record that is appended.
+const RECORD: [u8; 100] = [b'r'; 100];
+
+/// More operations than one turn has time for.
+const MANY: u64 = 100_000_000;
+
+/// How long one operation is tried.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A master and three chunkservers.
+struct System {
+    master: Daemon,
+    _servers: Vec<Daemon>,
+}
+
+impl System {
+    fn start(folder: &Path) -> io::Result<Self> {
+        let at = loopback();
+        let mut command = Command::new(our_folder()?.join("master"));
+        command.args(["--listen", &at.to_string()]);
+        command.arg("--data-dir").arg(folder.join("master"));
+        let master = Daemon::start("master", command, at)?;
+        let start = |number: usize| {
+            let own = loopback();
+            let mut command = Command::new(our_folder()?.join("chunkserver"));
+            command.args(["127.0.0.1", &own.port().to_string(), "--master", &at.to_string()]);
+            command.arg("--data-dir").arg(folder.join(format!("chunks{number}")));
+            Daemon::start("chunkserver", command, own)
+        };
+        let servers = (0..3).map(start).collect::<io::Result<Vec<_>>>()?;
+        let system = Self { master, _servers: servers };
+        system.master.wait_until(|| {
+            let census = Connection::open(at)?.ask(&json!({"cmd": "census"}))?;
+            if census["servers"] == 3 { Ok(()) } else { Err(io::Error::other("too few are here")) }
+        })?;
+        Ok(system)
+    }
+
+    fn client(&self) -> FileClient {
+        let at = self.master.address;
+        let master = HostPort { host: at.ip().to_string(), port: Some(at.port()) };
+        FileClient::new(vec![master], PATIENCE, rand::random())
+    }
+
+    fn create(&self, name: &str) -> io::Result<FileName> {
+        let name = FileName::new(name).map_err(io::Error::other)?;
+        let create = MasterRequest::Create { name: name.clone(), chunk_bytes: None, copies: None };
+        let _: Status = self.client().ask(&create, false).map_err(failed)?;
+        Ok(name)
+    }
+}
+
+fn failed(failure: Failure) -> io::Error {
+    io::Error::other(format!("{failure:?}"))
+}
+
+fn megabytes_per_second(bytes: usize, begun: Instant) -> f64 {
+    bytes as f64 / 1e6 / begun.elapsed().as_secs_f64()
+}
+
+/// What the disk takes of three copies at the same time, each synced at its end: the
+/// rate of one of them.
+fn disk_limit(folder: &Path) -> io::Result<f64> {
+    let begun = Instant::now();
+    let copy = |number: usize| -> io::Result<()> {
+        let path = folder.join(format!("limit{number}"));
+        let (mut file, piece) = (File::create(&path)?, vec![b'x'; PIECE]);
+        for _ in 0..BYTES / PIECE {
+            file.write_all(&piece)?;
+        }
+        file.sync_all()?;
+        std::fs::remove_file(path)
+    };
+    thread::scope(|scope| {
+        let copies: Vec<_> = (0..3).map(|number| scope.spawn(move || copy(number))).collect();
+        copies.into_iter().try_for_each(|it| it.join().map_err(|_| io::Error::other("panic"))?)
+    })?;
+    Ok(megabytes_per_second(BYTES, begun))
+}
+
+/// What one connection on this machine brings.
+fn network_limit() -> io::Result<f64> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let at = listener.local_addr()?;
+    thread::scope(|scope| {
+        scope.spawn(move || -> io::Result<()> {
+            let (mut stream, _) = listener.accept()?;
+            let piece = vec![b'x'; PIECE];
+            (0..BYTES / PIECE).try_for_each(|_| stream.write_all(&piece))
+        });
+        let (mut stream, mut piece) = (TcpStream::connect(at)?, vec![0; PIECE]);
+        let begun = Instant::now();
+        for _ in 0..BYTES / PIECE {
+            stream.read_exact(&mut piece)?;
+        }
+        Ok(megabytes_per_second(BYTES, begun))
+    })
+}
+
+fn write(system: &System, name: &FileName) -> io::Result<f64> {
+    let (mut client, piece) = (system.client(), vec![b'x'; PIECE]);
+    let begun = Instant::now();
+    for at in (0..BYTES).step_by(PIECE) {
+        client.write(name, at as u64, &piece).map_err(failed)?;
+    }
+    Ok(megabytes_per_second(BYTES, begun))
+}
+
+fn read(system: &System, name: &FileName) -> io::Result<f64> {
+    let mut client = system.client();
+    let begun = Instant::now();
+    let mut at = 0;
+    while at < BYTES {
+        let data = client.read(name, at as u64, PIECE).map_err(failed)?;
+        if data.is_empty() {
+            return Err(io::Error::other("the file ends too early"));
+        }
+        at += data.len();
+    }
+    Ok(megabytes_per_second(BYTES, begun))
+}
+
+/// One client that writes and reads, against the disk and the network.
+pub(crate) fn limits(effort: &Effort) -> io::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    let system = System::start(folder.path())?;
+    let (mut written, mut got) = (Vec::new(), Vec::new());
+    let mut notes = [String::new(), String::new()];
+    for round in 0..effort.rounds.min(3) {
+        let name = system.create(&format!("file{round}"))?;
+        let (own, limit) = (write(&system, &name)?, disk_limit(folder.path())?);
+        notes[0] = format!("{own:.0} MB/s, disk {limit:.0} MB/s for each of three copies");
+        written.push(own / limit);
+        let (own, limit) = (read(&system, &name)?, network_limit()?);
+        notes[1] = format!("{own:.0} MB/s, loopback {limit:.0} MB/s");
+        got.push(own / limit);
+    }
+    let [first, second] = notes;
+    let disk = "three synced streams to the disk";
+    let loopback = "a stream over loopback";
+    Ok(vec![
+        Figure::single(
+            "file write, 3 copies, 1 client",
+            disk,
+            written,
+            "x",
+            Goal::AtLeast(0.7),
+            first,
+        ),
+        Figure::single("file read, 1 client", loopback, got, "x", Goal::AtLeast(0.8), second),
+    ])
+}
+
+/// One client that appends to a file.
+struct Appender(FileClient, FileName);
+
+impl Client for Appender {
+    fn call(&mut self, _: u64, _: usize) -> io::Result<()> {
+        self.0.append(&self.1, &RECORD).map(drop).map_err(failed)
+    }
+}
+
+/// Records from sixteen clients against one.
+pub(crate) fn appends(effort: &Effort) -> io::Result<Vec<Figure>> {
+    let name = "record append, 16 clients on one file";
+    if !effort.wants(name) {
+        return Ok(Vec::new());
+    }
+    let folder = tempfile::tempdir()?;
+    let system = System::start(folder.path())?;
+    let mut ratios = Vec::new();
+    let mut note = String::new();
+    for round in 0..effort.rounds {
+        let rate = |clients: usize| -> io::Result<f64> {
+            let file = system.create(&format!("records{round}.{clients}"))?;
+            let load = Load::of(clients, MANY, effort.turn);
+            let connect = |_| Ok(Appender(system.client(), file.clone()));
+            Ok(drive(load, connect, || {})?.rate())
+        };
+        let (one, many) = (rate(1)?, rate(16)?);
+        note = format!("{many:.0}/s against {one:.0}/s of 100 bytes, durable on 3 copies");
+        ratios.push(many / one);
+    }
+    let goal = Goal::AtLeast(0.8);
+    Ok(vec![Figure::single(name, "1 client", ratios, "x", goal, note)])
+}
+
+/// Somebody who asks the master.
+struct Asker {
+    connection: Connection,
+    client: usize,
+    creates: bool,
+}
+
+impl Client for Asker {
+    fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
+        let request = match self.creates {
+            true => json!({"cmd": "create", "name": format!("new/{}/{number}", self.client)}),
+            false => json!({"cmd": "locate", "name": "looked/at", "index": 0}),
+        };
+        let answer = self.connection.ask(&request)?;
+        match answer["error"].is_null() {
+            true => Ok(()),
+            false => Err(io::Error::other(answer.to_string())),
+        }
+    }
+}
+
+/// Operations on metadata.
+pub(crate) fn metadata(effort: &Effort) -> io::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    let system = System::start(folder.path())?;
+    let name = system.create("looked/at")?;
+    system.client().write(&name, 0, &RECORD).map_err(failed)?;
+    let at: SocketAddrV4 = system.master.address;
+    let mut figures = Vec::new();
+    for (what, creates, to_reach) in
+        [("lookups", false, 100_000.0), ("durable creates", true, 5_000.0)]
+    {
+        let name = format!("master: {what}, 50 clients");
+        if !effort.wants(&name) {
+            continue;
+        }
+        let mut rates = Vec::new();
+        for round in 0..effort.rounds {
+            let load = Load::of(50, MANY, effort.turn);
+            let connect = |client: usize| {
+                let client = round * 1000 + client;
+                Ok(Asker { connection: Connection::open(at)?, client, creates })
+            };
+            rates.push(drive(load, connect, || {})?.rate());
+        }
+        let paper = "the paper's 202 to 533/s";
+        figures.push(Figure::single(name, paper, rates, "/s", Goal::AtLeast(to_reach), ""));
+    }
+    Ok(figures)
+}
