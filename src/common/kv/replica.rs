@@ -46,6 +46,12 @@ use std::net::SocketAddrV4;
 /// How many entries can be pending in one group; further writes wait.
 pub const MAX_PENDING: usize = 16 * 1024;
 
+/// How many messages with entries can be on their way from a primary to one fellow.
+/// What comes meanwhile goes together with the next one: so the more writers there
+/// are, the more entries share a message, an acknowledgement and a batch on the disk.
+/// A single writer never waits for it.
+pub const MAX_PREPARES: usize = 1;
+
 /// Another replica of the group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fellow {
@@ -119,14 +125,27 @@ pub struct Primary {
     pub asked: Fellows,
     /// How many entries it has made under this version.
     pub made: u64,
-    /// Some pending entry may not have been sent to somebody who follows.
+    /// Somebody may lack a pending entry that was passed over, or not taken.
     pub unsent: bool,
+    /// How far each fellow has been sent what is pending.
+    pub dialogues: BTreeMap<usize, Dialogue>,
     /// The watermark that was sent last, and when.
     pub told: (Version, Time),
     /// The watermark that each fellow has acknowledged.
     pub heard: BTreeMap<usize, Version>,
     /// Deletions have been forgotten here, and the others do not know that they may.
     pub forgot: bool,
+}
+
+/// How far a primary has sent one fellow what is pending.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dialogue {
+    /// How many messages with entries are on their way, less than or as many as
+    /// [`MAX_PREPARES`].
+    pub under_way: usize,
+    /// What is pending up to this version has been sent. That is where to go on, not
+    /// whether it has arrived.
+    pub sent: Version,
 }
 
 /// How far a replica is in fetching what was committed before it entered.
@@ -193,6 +212,12 @@ impl Replica {
     pub fn all_follow(&self) -> bool {
         let all = Fellows::all(self.fellows.len());
         self.primary.as_ref().is_some_and(|primary| primary.following == all)
+    }
+
+    /// At the primary: whether it may send what is pending, and commit it. Before it
+    /// serves, it must have heard of everything that is.
+    pub fn may_send(&self) -> bool {
+        self.is_serving() || self.all_follow()
     }
 
     /// Adds a pending entry, unless it is known.

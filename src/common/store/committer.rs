@@ -21,7 +21,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How many submissions can be queued.
 pub const MAX_QUEUED: usize = 16 * 1024;
@@ -37,6 +37,15 @@ pub const MAX_GROUP: usize = 1024;
 /// is committed by itself. This bounds how long the first of a group waits for
 /// the others to be written.
 pub const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// After a group of so many submissions the next one is waited for: where there are
+/// many writers, most of them are about to come again.
+const CROWD: usize = 4;
+
+/// How long it is waited for. A commit costs the processor about as much, whether it
+/// is one of few changes or of many; so the fewer of them there are, the more writers
+/// are served, and each of them sooner.
+const LINGER: Duration = Duration::from_micros(300);
 
 // A group can gather while another one is committed.
 const _: () = assert!(2 * MAX_GROUP <= MAX_QUEUED && 2 * MAX_GROUP_BYTES <= MAX_QUEUED_BYTES);
@@ -108,7 +117,8 @@ impl<T: Send + 'static> Committer<T> {
         let state = Queued { submissions, bytes, is_asleep: false, is_closed: false };
         let queue = Arc::new(Queue { state: Mutex::new(state), changed: Condvar::new() });
         let own = Arc::clone(&queue);
-        let worker = Worker { store, done, queue: own, sync_due: None, failed: None };
+        let worker =
+            Worker { store, last_group: 0, done, queue: own, sync_due: None, failed: None };
         let thread = threads::start(name, move || worker.run())?;
         Ok(Self { queue, thread: Some(thread) })
     }
@@ -148,6 +158,8 @@ impl<T> Drop for Committer<T> {
 
 struct Worker<S, T, D> {
     store: S,
+    /// How many submissions the last group held.
+    last_group: usize,
     done: D,
     queue: Arc<Queue<T>>,
     /// With [`Durability::Interval`], when what was committed must be synced.
@@ -189,8 +201,14 @@ impl<S: Store, T, D: Fn(Vec<T>, Result<(), StoreError>)> Worker<S, T, D> {
             }
         }
         state.is_asleep = false;
+        if self.last_group >= CROWD && state.submissions.len() < MAX_GROUP {
+            drop(state);
+            std::thread::sleep(LINGER);
+            state = queue.state();
+        }
         let group = gather(&mut state);
         drop(state);
+        self.last_group = group.len();
         if self.sync_due.is_some_and(|due| due <= Instant::now()) {
             self.sync();
         }

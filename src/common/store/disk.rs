@@ -52,6 +52,7 @@ use fjall::compaction::Leveled;
 use fjall::{
     AbstractTree as _, CompressionType, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
 };
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -193,7 +194,7 @@ impl DiskStore {
             Durability::Interval | Durability::None => PersistMode::Buffer,
         };
         let mut writes = self.engine.batch().durability(Some(mode));
-        for change in batch {
+        for change in winners(batch) {
             match change {
                 Change::Put { space, key, value } => {
                     writes.insert(self.space(*space), &**key, &**value);
@@ -258,6 +259,17 @@ impl Store for DiskStore {
         }
         Ok(())
     }
+}
+
+/// The changes that no later one of the batch overrides: of a key that many writers
+/// change (how far a group has committed, above all) the engine needs only the last.
+fn winners(batch: &[Change]) -> impl Iterator<Item = &Change> {
+    let last: HashMap<_, _> = match batch {
+        [_] => HashMap::new(),
+        batch => batch.iter().enumerate().map(|(at, change)| (change.place(), at)).collect(),
+    };
+    let wins = move |at, change: &Change| last.get(&change.place()).is_none_or(|last| *last == at);
+    batch.iter().enumerate().filter(move |(at, change)| wins(*at, change)).map(|(_, change)| change)
 }
 
 /// How many bytes are free on the disk that `path` is on, for who isn't root.

@@ -129,7 +129,7 @@ pub const SYNC_INTERVAL: Duration = Duration::from_millis(100);
 pub const MAX_KEY_BYTES: usize = u16::MAX as usize;
 
 /// Which of the separate maps of a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Space {
     /// The data that is served.
     Entries,
@@ -193,6 +193,13 @@ impl Change {
         match self {
             Self::Put { key, value, .. } => key.len() + value.len() + ENVELOPE,
             Self::Remove { key, .. } => key.len() + ENVELOPE,
+        }
+    }
+
+    /// What it changes.
+    fn place(&self) -> (Space, &[u8]) {
+        match self {
+            Self::Put { space, key, .. } | Self::Remove { space, key } => (*space, key),
         }
     }
 

@@ -4,11 +4,12 @@ use super::{CallError, Effect, Effects, OpId, Purpose, Server, TELL, Then};
 use crate::kv::content::Content;
 use crate::kv::disk::Record;
 use crate::kv::messages::{Answer, Fetch, InGroup, Peer, Prepare, Reply, Request};
-use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, Pending, Replica};
+use crate::kv::replica::{Fellows, Fetched, MAX_PENDING, MAX_PREPARES, Pending, Replica};
 use crate::kv::ring::Point;
 use crate::kv::{Entry, Text, Version};
 use crate::machine::Time;
 use std::net::SocketAddrV4;
+use std::ops::Bound;
 
 /// Entries, or only news of what is committed, that were sent to a fellow.
 pub(super) struct Sent {
@@ -17,6 +18,16 @@ pub(super) struct Sent {
     pub(super) versions: Vec<Version>,
     /// The watermark that went with them.
     pub(super) committed: Version,
+}
+
+/// Where to begin with sending what is pending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sending {
+    /// Behind what each fellow has been sent already.
+    GoesOn,
+    /// With the first entry: who follows only now, or has not taken something, lacks
+    /// some.
+    BeginsAnew,
 }
 
 impl<T> Server<T> {
@@ -72,23 +83,19 @@ impl<T> Server<T> {
         let seat = Record::Seat(replica.seat());
         self.records.push(seat);
         self.keep_pending(vec![(point, entry)]);
-        self.send_pending(now, start, Some(version), out);
+        self.send_pending(now, start, Sending::GoesOn, out);
     }
 
-    /// Sends the pending entries of the group at `start`, from `from` on, to the
-    /// fellows that follow and have not been sent them.
-    fn send_pending(
-        &mut self,
-        now: Time,
-        start: Point,
-        from: Option<Version>,
-        out: &mut Effects<T>,
-    ) {
+    /// Sends the pending entries of the group at `start` to the fellows that follow
+    /// and have not been sent them, as far as the messages that may be under way to
+    /// each hold them.
+    fn send_pending(&mut self, now: Time, start: Point, sending: Sending, out: &mut Effects<T>) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
         let (group, committed) = (replica.in_group(), replica.watermark());
         let settled = replica.settled;
         let Some(primary) = replica.primary.as_mut() else { return };
-        if from.is_none() {
+        if sending == Sending::BeginsAnew {
+            primary.dialogues.values_mut().for_each(|it| it.sent = Version::default());
             primary.unsent = false;
         }
         let following = primary.following;
@@ -103,9 +110,15 @@ impl<T> Server<T> {
                 is_told_to_all = false;
                 continue;
             }
+            let dialogue = primary.dialogues.entry(fellow).or_default();
             let before = requests.len();
             let (mut entries, mut bytes) = (Vec::new(), 0);
-            for (version, pending) in replica.pending.range_mut(from.unwrap_or_default()..) {
+            let behind = (Bound::Excluded(dialogue.sent), Bound::Unbounded);
+            for (version, pending) in replica.pending.range_mut(behind) {
+                if dialogue.under_way >= MAX_PREPARES {
+                    break;
+                }
+                dialogue.sent = *version;
                 if pending.asked.has(fellow) {
                     continue;
                 }
@@ -119,11 +132,13 @@ impl<T> Server<T> {
                 entries.push(entry);
                 if bytes >= self.settings.batch.bytes {
                     requests.push((to.address, fellow, std::mem::take(&mut entries)));
+                    dialogue.under_way += 1;
                     bytes = 0;
                 }
             }
             if !entries.is_empty() {
                 requests.push((to.address, fellow, entries));
+                dialogue.under_way += 1;
             }
             is_told_to_all &= requests.len() > before;
         }
@@ -215,9 +230,9 @@ impl<T> Server<T> {
     /// everywhere, and when nothing of it is left, the primary serves.
     fn go_on_if_all_follow(&mut self, now: Time, start: Point, out: &mut Effects<T>) {
         let Some(replica) = self.replicas.get_mut(&start) else { return };
-        if replica.is_serving() || replica.all_follow() {
+        if replica.may_send() {
             let pending: Vec<_> = replica.pending.keys().copied().collect();
-            self.send_pending(now, start, None, out);
+            self.send_pending(now, start, Sending::BeginsAnew, out);
             self.commit_if_everywhere(now, start, &pending, out);
         }
         self.serve_if_clear(now, start, out);
@@ -252,6 +267,12 @@ impl<T> Server<T> {
             return;
         }
         let is_prepared = matches!(result, Ok(Answer::Prepared {}));
+        let dialogues = replica.primary.as_mut().map(|primary| &mut primary.dialogues);
+        if let Some(dialogue) = dialogues.and_then(|all| all.get_mut(&fellow))
+            && !versions.is_empty()
+        {
+            dialogue.under_way = dialogue.under_way.saturating_sub(1);
+        }
         for version in &versions {
             let Some(pending) = replica.pending.get_mut(version) else { continue };
             if is_prepared {
@@ -272,6 +293,11 @@ impl<T> Server<T> {
             *heard = committed.max(*heard);
         }
         self.commit_if_everywhere(now, group.start, &versions, out);
+        // What has come meanwhile goes now, together.
+        let replica = self.replicas.get(&group.start).filter(|it| it.version == group.version);
+        if replica.is_some_and(Replica::may_send) {
+            self.send_pending(now, group.start, Sending::GoesOn, out);
+        }
     }
 
     /// At the primary: forgets the deletions that have been settled.
@@ -341,8 +367,7 @@ impl<T> Server<T> {
         let Some(replica) = self.replicas.get(&start).filter(|it| it.primary.is_some()) else {
             return;
         };
-        // Before it serves, it must have heard of everything that is pending.
-        if !replica.is_serving() && !replica.all_follow() {
+        if !replica.may_send() {
             return;
         }
         let serves = replica.is_serving();
@@ -363,8 +388,8 @@ impl<T> Server<T> {
             self.forget_if_settled(start);
             let Some(replica) = self.replicas.get(&start) else { continue };
             let Some(primary) = &replica.primary else { continue };
-            if primary.unsent && (primary.serving || replica.all_follow()) {
-                self.send_pending(now, start, None, out);
+            if primary.unsent && replica.may_send() {
+                self.send_pending(now, start, Sending::BeginsAnew, out);
             } else if (primary.told.0 < replica.watermark() || primary.forgot)
                 && primary.told.1 + TELL <= now
             {
