@@ -332,8 +332,17 @@ fn a_rebalancing_moves_no_more_than_the_keys_whose_group_has_gained_a_member() {
     assert_moves_the_least(&mut nodes, "a fourth", &size, |nodes| {
         nodes.join(1, &[]);
     });
+    // Nothing moves while somebody else holds the lock: else the first one of the two
+    // could have been given what is the second one's already.
+    let lock = |cmd| json!({"cmd": cmd, "lockid": "rebalancing", "requestor": "a test"});
     assert_moves_the_least(&mut nodes, "two more at once", &size, |nodes| {
+        wait_until("the lock is granted", PATIENCE, || {
+            let reply = call(nodes.leader(), &lock("lock_get")).value();
+            (reply["status"] == "granted").then_some(())
+        });
         nodes.join(2, &[]);
+        wait_until("both are members", PATIENCE, || (nodes.listed() == 6).then_some(()));
+        call(nodes.leader(), &lock("lock_release")).value();
     });
     assert_moves_the_least(&mut nodes, "a failure", &size, |nodes| nodes.kill(1));
     let leaving = nodes.at(2);
