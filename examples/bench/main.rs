@@ -9,6 +9,7 @@
     reason = "a command that prints, around programs that run: it has a clock, sockets and threads"
 )]
 
+mod bare;
 mod etcd;
 mod load;
 mod ours;
@@ -56,6 +57,10 @@ struct Flags {
     #[arg(long)]
     write: bool,
 
+    /// Be the bare server of the group `shape`
+    #[arg(long, value_name = "IP:PORT", hide = true)]
+    bare: Option<std::net::SocketAddrV4>,
+
     /// Fail if a figure falls short of what docs/benchmarks.md claims
     #[arg(long, conflicts_with = "write")]
     check: bool,
@@ -63,8 +68,9 @@ struct Flags {
 
 type Group = (&'static str, fn(&Effort) -> io::Result<Vec<Figure>>);
 
-const GROUPS: [Group; 13] = [
+const GROUPS: [Group; 14] = [
     ("reads", rows::kv::reads_of_one),
+    ("shape", rows::kv::shape),
     ("etcd", rows::kv::against_etcd),
     ("memory", rows::kv::writes_in_memory),
     ("locks", rows::locks::against_etcd),
@@ -93,6 +99,9 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> io::Result<ExitCode> {
+    if let Some(address) = flags.bare {
+        return bare::serve(address).map(|()| ExitCode::SUCCESS);
+    }
     if (flags.write || flags.check) && !report::is_here() {
         return Err(io::Error::other(
             "no docs/benchmarks.md here: run this in the project's folder",

@@ -9,7 +9,6 @@ use ringleader::view::View;
 use ringleader::view::messages::{LockCall, RebalanceStatus, ViewAnswer};
 use ringleader::wire::{Decoder, Identity, append_frame};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
@@ -164,7 +163,7 @@ impl Cluster {
     /// # Errors
     /// When one can't be written.
     pub(crate) fn fill(&self, keys: u64) -> io::Result<()> {
-        let mut client = Kv::connect(self, Ask::Setr, keys)?;
+        let mut client = Kv::connect(&self.requests(Ask::Setr, keys)?)?;
         client.in_order = true;
         const DEPTH: u64 = 256;
         for first in (0..keys).step_by(DEPTH as usize) {
@@ -231,58 +230,84 @@ pub(crate) enum Ask {
     Setr,
 }
 
+/// What is asked about each key, and at which server. It is made before the load begins:
+/// what that costs is not to be taken from the processors that the servers need.
+pub(crate) struct Requests {
+    pub(crate) servers: Vec<SocketAddrV4>,
+    /// For each key its primary, by the index of the server, and the frame.
+    pub(crate) made: Vec<(usize, Vec<u8>)>,
+}
+
+impl Cluster {
+    /// `ask` for each of so many keys.
+    ///
+    /// # Errors
+    /// When no viewleader leads, or an arc has no primary.
+    pub(crate) fn requests(&self, ask: Ask, keys: u64) -> io::Result<Arc<Requests>> {
+        let view = self.view()?;
+        let servers: Vec<_> = view.own_members().map(|member| member.address).collect();
+        let value = value();
+        let make = |number| {
+            let key = key(number);
+            let primary = view.primary_of(Point::of(&key));
+            let at = servers.iter().position(|server| Some(*server) == primary);
+            let at = at.ok_or(io::ErrorKind::NotFound)?;
+            let key = key.into();
+            let request = match ask {
+                Ask::Get => Public::Get(Get { key }),
+                Ask::Getr => Public::Getr(Get { key }),
+                Ask::Setr => Public::Setr(Setr {
+                    key,
+                    val: value.as_str().into(),
+                    direct: true,
+                    if_version: None,
+                    fence: None,
+                }),
+            };
+            let mut frame = Vec::new();
+            append_frame(&mut frame, &request).map_err(io::Error::other)?;
+            frame.shrink_to_fit();
+            Ok((at, frame))
+        };
+        let made = (0..keys).map(make).collect::<io::Result<_>>()?;
+        Ok(Arc::new(Requests { servers, made }))
+    }
+}
+
 /// A client of the servers, with a connection to each; a key is asked for at its
 /// primary.
 pub(crate) struct Kv {
-    view: Arc<View>,
-    servers: BTreeMap<SocketAddrV4, Connection>,
-    ask: Ask,
-    keys: u64,
+    connections: Vec<Connection>,
+    requests: Arc<Requests>,
     in_order: bool,
-    value: String,
     /// Where the calls under way have been sent.
-    asked: Vec<SocketAddrV4>,
+    asked: Vec<usize>,
 }
 
 impl Kv {
-    pub(crate) fn connect(cluster: &Cluster, ask: Ask, keys: u64) -> io::Result<Self> {
-        let view = cluster.view()?;
-        let open = |member: &ringleader::view::Member| {
-            Ok((member.address, Connection::open(member.address)?))
-        };
-        let servers = view.own_members().map(open).collect::<io::Result<_>>()?;
-        let (value, asked) = (value(), Vec::new());
-        Ok(Self { view, servers, ask, keys, in_order: false, value, asked })
+    pub(crate) fn connect(requests: &Arc<Requests>) -> io::Result<Self> {
+        let connections = requests.servers.iter().map(|at| Connection::open(*at));
+        let connections = connections.collect::<io::Result<_>>()?;
+        let (requests, asked) = (Arc::clone(requests), Vec::new());
+        Ok(Self { connections, requests, in_order: false, asked })
     }
 }
 
 impl Client for Kv {
     fn call(&mut self, number: u64, depth: usize) -> io::Result<()> {
         self.asked.clear();
+        let keys = self.requests.made.len() as u64;
         for number in number..number + depth as u64 {
-            let key = key(if self.in_order { number } else { scatter(number) % self.keys });
-            let at = self.view.primary_of(Point::of(&key)).ok_or(io::ErrorKind::NotFound)?;
-            let server = self.servers.get_mut(&at).ok_or(io::ErrorKind::NotFound)?;
-            let key = key.into();
-            let request = match self.ask {
-                Ask::Get => Public::Get(Get { key }),
-                Ask::Getr => Public::Getr(Get { key }),
-                Ask::Setr => Public::Setr(Setr {
-                    key,
-                    val: self.value.as_str().into(),
-                    direct: true,
-                    if_version: None,
-                    fence: None,
-                }),
-            };
-            append_frame(&mut server.out, &request).map_err(io::Error::other)?;
-            self.asked.push(at);
+            let number = if self.in_order { number } else { scatter(number) };
+            let (at, frame) = &self.requests.made[(number % keys) as usize];
+            self.connections[*at].out.extend_from_slice(frame);
+            self.asked.push(*at);
         }
-        for server in self.servers.values_mut().filter(|server| !server.out.is_empty()) {
+        for server in self.connections.iter_mut().filter(|server| !server.out.is_empty()) {
             server.flush()?;
         }
         for at in &self.asked {
-            self.servers.get_mut(at).ok_or(io::ErrorKind::NotFound)?.expect_ok()?;
+            self.connections[*at].expect_ok()?;
         }
         Ok(())
     }

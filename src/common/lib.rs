@@ -23,6 +23,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 pub mod backup;
 pub mod consensus;
+#[cfg(test)]
+mod docs_tests;
 pub mod gfs;
 pub mod kv;
 pub mod machine;

@@ -104,7 +104,7 @@ pub(crate) fn idle(effort: &Effort) -> io::Result<Vec<Figure>> {
     for connection in &mut connections {
         connection.ask(&json!({"cmd": "getr", "key": key(1)}))?;
     }
-    Kv::connect(&cluster, Ask::Getr, 100)?.call(0, 1)?;
+    Kv::connect(&cluster.requests(Ask::Getr, 100)?)?.call(0, 1)?;
     let used = memory(server.id(), "VmRSS");
     Ok(vec![Figure::single(name, "memory", vec![used], "MiB", Goal::AtMost(500.0), "")])
 }

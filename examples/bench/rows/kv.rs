@@ -4,7 +4,7 @@ use super::super::load::Load;
 use super::super::ours::{self, Cluster, Kv};
 use super::super::plot::{self, Curve};
 use super::super::programs::Daemon;
-use super::super::{etcd, redis};
+use super::super::{bare, etcd, redis};
 use super::{Effort, Figure, compare, measure};
 use std::io;
 use std::path::Path;
@@ -26,11 +26,13 @@ pub(crate) fn reads_of_one(effort: &Effort) -> io::Result<Vec<Figure>> {
     let cluster = Cluster::start(folder.path(), 1, 1, &["--lease", &lease()])?;
     cluster.fill(KEYS)?;
     let redis = redis::start(folder.path(), None)?;
-    redis::Redis::connect(redis.address, redis::Ask::Get, KEYS)?.fill()?;
+    let gets = redis::Requests::new(redis::Ask::Get, KEYS);
+    redis::Redis::connect(redis.address, &gets)?.fill()?;
     let (own, other) = (cluster.processes(), [redis.id()]);
     let mut figures = Vec::new();
     let rows = [(1, 1, 0.9), (50, 1, 1.4), (200, 1, 1.0), (50, 16, 1.0)];
     for ask in [ours::Ask::Getr, ours::Ask::Get] {
+        let requests = cluster.requests(ask, KEYS)?;
         for (clients, depth, to_reach) in rows {
             let load = Load { clients, depth, operations: MANY, limit: effort.turn };
             let word = if matches!(ask, ours::Ask::Get) { "get" } else { "getr" };
@@ -40,14 +42,34 @@ pub(crate) fn reads_of_one(effort: &Effort) -> io::Result<Vec<Figure>> {
                 "Redis GET",
                 to_reach,
                 effort,
-                || measure(load, &own, |_| Kv::connect(&cluster, ask, KEYS)),
-                || {
-                    measure(load, &other, |_| {
-                        redis::Redis::connect(redis.address, redis::Ask::Get, KEYS)
-                    })
-                },
+                || measure(load, &own, |_| Kv::connect(&requests)),
+                || measure(load, &other, |_| redis::Redis::connect(redis.address, &gets)),
             )?);
         }
+    }
+    Ok(figures)
+}
+
+/// How much of what a thread for each connection can do at all is left to `getr`.
+pub(crate) fn shape(effort: &Effort) -> io::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    let cluster = Cluster::start(folder.path(), 1, 1, &["--lease", &lease()])?;
+    cluster.fill(KEYS)?;
+    let bare = bare::start()?;
+    let requests = cluster.requests(ours::Ask::Getr, KEYS)?;
+    let to_bare = requests.to(bare.address);
+    let (own, other) = (cluster.processes(), [bare.id()]);
+    let mut figures = Vec::new();
+    for clients in [1, 50, 200] {
+        let load = Load::of(clients, MANY, effort.turn);
+        figures.extend(compare(
+            format!("getr, {}", plural(clients)),
+            "a thread for each connection that only reads and writes",
+            0.8,
+            effort,
+            || measure(load, &own, |_| Kv::connect(&requests)),
+            || measure(load, &other, |_| Kv::connect(&to_bare)),
+        )?);
     }
     Ok(figures)
 }
@@ -83,12 +105,13 @@ pub(crate) fn against_etcd(effort: &Effort) -> io::Result<Vec<Figure>> {
             "getr" => (ours::Ask::Getr, etcd::Ask::Range),
             _ => (ours::Ask::Setr, etcd::Ask::Put),
         };
+        let requests = cluster.requests(ask, KEYS)?;
         figures.extend(compare(
             format!("{word}, 3 servers, {}", plural(clients)),
             against,
             to_reach,
             effort,
-            || measure(load, &own, |_| Kv::connect(&cluster, ask, KEYS)),
+            || measure(load, &own, |_| Kv::connect(&requests)),
             || {
                 measure(load, &other, |client| {
                     let member = &members[client % members.len()];
@@ -107,9 +130,11 @@ pub(crate) fn writes_in_memory(effort: &Effort) -> io::Result<Vec<Figure>> {
     let cluster = Cluster::start(folder.path(), 1, 2, &flags)?;
     let primary = redis::start(folder.path(), None)?;
     let second = tempfile::tempdir()?;
+    let sets = redis::Requests::new(redis::Ask::SetAndWait, KEYS);
+    let requests = cluster.requests(ours::Ask::Setr, KEYS)?;
     let replica = redis::start(second.path(), Some(primary.address))?;
     replica.wait_until(|| {
-        let mut redis = redis::Redis::connect(primary.address, redis::Ask::Get, 1)?;
+        let mut redis = redis::Redis::connect(primary.address, &sets)?;
         redis.ask(&["SET", "ready", "yes"])?;
         let answer = redis.ask(&["WAIT", "1", "100"])?;
         if answer == ":1" { Ok(()) } else { Err(io::Error::other("no replica")) }
@@ -118,14 +143,13 @@ pub(crate) fn writes_in_memory(effort: &Effort) -> io::Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for clients in [1, 50, 200] {
         let load = Load::of(clients, MANY, effort.turn);
-        let ask = redis::Ask::SetAndWait;
         figures.extend(compare(
             format!("setr, 2 servers, no fsync, {}", plural(clients)),
             "Redis SET, WAIT 1",
             1.0,
             effort,
-            || measure(load, &own, |_| Kv::connect(&cluster, ours::Ask::Setr, KEYS)),
-            || measure(load, &other, |_| redis::Redis::connect(primary.address, ask, KEYS)),
+            || measure(load, &own, |_| Kv::connect(&requests)),
+            || measure(load, &other, |_| redis::Redis::connect(primary.address, &sets)),
         )?);
     }
     Ok(figures)
@@ -153,9 +177,10 @@ pub(crate) fn curves(effort: &Effort) -> io::Result<Vec<Figure>> {
     ];
     for (word, ask, peer, title) in pictures {
         let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+        let requests = cluster.requests(ask, KEYS)?;
         for clients in CURVE {
             let load = Load::of(clients, MANY, effort.turn / 2);
-            let side = measure(load, &own, |_| Kv::connect(&cluster, ask, KEYS))?;
+            let side = measure(load, &own, |_| Kv::connect(&requests))?;
             mine.push((clients, side));
             let side = measure(load, &other, |client| {
                 let member = &members[client % members.len()];

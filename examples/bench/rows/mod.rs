@@ -12,9 +12,12 @@ use std::cell::Cell;
 use std::io;
 use std::time::Duration;
 
-/// The value that every key has, 100 bytes.
+/// How long the value of every key is.
+pub(crate) const VALUE_BYTES: usize = 100;
+
+/// The value that every key has.
 pub(crate) fn value() -> String {
-    "0123456789".repeat(10)
+    "0123456789".repeat(VALUE_BYTES / 10)
 }
 
 /// The key with a number.

@@ -65,7 +65,8 @@ pub(crate) fn clients(effort: &Effort) -> io::Result<Vec<Figure>> {
 
 /// An error is a request that failed.
 fn put(load: Load, cluster: &Cluster, ask: Ask) -> io::Result<Outcome> {
-    drive(load, |_| Kv::connect(cluster, ask, KEYS), || {})
+    let requests = cluster.requests(ask, KEYS)?;
+    drive(load, |_| Kv::connect(&requests), || {})
 }
 
 /// The time and the bytes of a rebalancing, and how they grow with the keys.

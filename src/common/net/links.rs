@@ -1,4 +1,5 @@
-//! Links: calls from server to server, many at a time on one connection.
+//! Links: calls from program to program, many at a time on one connection. What is
+//! called and answered is a [`Dialect`]: servers speak one, viewleaders another.
 //!
 //! A link has a bounded queue. Whoever has put calls into it also writes them, as
 //! much as there is in one write, unless somebody is writing already: then that one
@@ -8,7 +9,7 @@
 //! While it is connected a second thread reads the answers, which come in the order
 //! of the calls. Every call ends: with its answer, as not sent, or as lost.
 //!
-//! There are two links to each server, since answers come in order: one for
+//! There can be two links to each address, since answers come in order: one for
 //! calls that are answered at once (what replicas say to each other, reads), one
 //! for writes that are passed on and wait for other servers. If both went over
 //! one link, two servers could each hold back the acknowledgement that the other
@@ -16,9 +17,10 @@
 
 use super::call;
 use super::threads;
-use crate::kv::messages::{Answer, Request};
-use crate::kv::server::{CallError, CallId, PATIENCE};
+use crate::kv::server::{CallError, PATIENCE};
 use crate::wire::{Decoder, append_frame};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddrV4, TcpStream};
@@ -58,26 +60,35 @@ const WRITE_BATCH_BYTES: usize = 256 * 1024;
 /// link takes over, so that nobody is kept from its own work for long.
 const MAX_WRITES: usize = 8;
 
-/// What becomes of a call.
-pub type Result = std::result::Result<Answer, CallError>;
+/// What is said over the links of one program.
+pub trait Dialect: Send + Sync + 'static {
+    /// Tells a call from others to whoever has made it.
+    type Call: Copy + Send + 'static;
+    /// What is asked.
+    type Request: Serialize + Send + 'static;
+    /// What is answered.
+    type Answer: DeserializeOwned + Send + 'static;
 
-/// Takes what becomes of calls, in the order in which they end.
-pub type Inbox = Arc<dyn Fn(Vec<(CallId, Result)>) + Send + Sync>;
+    /// Which of the links to its address a call takes.
+    fn lane(request: &Self::Request) -> Lane;
+}
 
+/// Calls that have ended, in the order in which they did, and what came of them.
+pub type Ended<D> = Vec<(<D as Dialect>::Call, Result<<D as Dialect>::Answer, CallError>)>;
+
+/// Takes calls that have ended.
+pub type Inbox<D> = Arc<dyn Fn(Ended<D>) + Send + Sync>;
+
+/// Which of the links to one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Lane {
+pub enum Lane {
+    /// For calls that are answered at once.
     Prompt,
+    /// For calls that wait for others.
     Patient,
 }
 
 impl Lane {
-    fn of(request: &Request) -> Self {
-        match request {
-            Request::Op(op) if op.is_write() => Self::Patient,
-            _ => Self::Prompt,
-        }
-    }
-
     fn timeout(self) -> Duration {
         match self {
             Self::Prompt => PROMPT_TIMEOUT,
@@ -86,28 +97,31 @@ impl Lane {
     }
 }
 
-type Call = (CallId, Request);
-
 /// The links that there are. A link ends only under this lock and with an empty
 /// queue, so nothing is ever queued for one that has ended.
-type Known = Arc<Mutex<HashMap<(SocketAddrV4, Lane), Arc<Link>>>>;
+type Known<D> = Arc<Mutex<HashMap<(SocketAddrV4, Lane), Arc<Link<D>>>>>;
 
-/// All links of one server.
-pub struct Links {
-    known: Known,
-    inbox: Inbox,
+/// All links of one program.
+pub struct Links<D: Dialect> {
+    known: Known<D>,
+    inbox: Inbox<D>,
 }
 
-impl Links {
+impl<D: Dialect> Links<D> {
     /// No links yet; what becomes of calls goes to `inbox`.
-    pub fn new(inbox: Inbox) -> Self {
+    pub fn new(inbox: Inbox<D>) -> Self {
         Self { known: Known::default(), inbox }
     }
 
-    /// Queues a call to the server at `to`. Never blocks. Returns the link, which is to
+    /// Queues a call to the program at `to`. Never blocks. Returns the link, which is to
     /// be flushed; nothing if the call was not queued: then the inbox won't hear of it.
-    pub fn queue(&self, to: SocketAddrV4, call: CallId, request: Request) -> Option<Arc<Link>> {
-        let lane = Lane::of(&request);
+    pub fn queue(
+        &self,
+        to: SocketAddrV4,
+        call: D::Call,
+        request: D::Request,
+    ) -> Option<Arc<Link<D>>> {
+        let lane = D::lane(&request);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let link = match known.get(&(to, lane)) {
             Some(link) => Arc::clone(link),
@@ -117,7 +131,7 @@ impl Links {
                     to,
                     lane,
                     inbox: Arc::clone(&self.inbox),
-                    state: Mutex::default(),
+                    state: Mutex::new(State::new()),
                     work: Condvar::new(),
                 });
                 let (own, all) = (Arc::clone(&link), Arc::clone(&self.known));
@@ -140,16 +154,16 @@ impl Links {
 }
 
 /// One connection of a link.
-struct Session {
+struct Session<C> {
     stream: TcpStream,
     /// The calls that have been written and not answered, and when they were.
-    unanswered: Mutex<VecDeque<(CallId, Instant)>>,
+    unanswered: Mutex<VecDeque<(C, Instant)>>,
     broken: AtomicBool,
 }
 
-impl Session {
+impl<C: Copy> Session<C> {
     /// Ends the connection: what is unanswered is lost.
-    fn end(&self, inbox: &Inbox) {
+    fn end<D: Dialect<Call = C>>(&self, inbox: &Inbox<D>) {
         self.broken.store(true, Ordering::SeqCst);
         let _ = self.stream.shutdown(Shutdown::Both);
         let lost = std::mem::take(&mut *self.unanswered());
@@ -158,25 +172,31 @@ impl Session {
         }
     }
 
-    fn unanswered(&self) -> MutexGuard<'_, VecDeque<(CallId, Instant)>> {
+    fn unanswered(&self) -> MutexGuard<'_, VecDeque<(C, Instant)>> {
         self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Calls on their way to one server.
-pub struct Link {
+/// Adds a link to those that are to be flushed, once.
+pub fn add<D: Dialect>(links: &mut Vec<Arc<Link<D>>>, link: Arc<Link<D>>) {
+    if !links.iter().any(|known| Arc::ptr_eq(known, &link)) {
+        links.push(link);
+    }
+}
+
+/// Calls on their way to one program.
+pub struct Link<D: Dialect> {
     to: SocketAddrV4,
     lane: Lane,
-    inbox: Inbox,
-    state: Mutex<State>,
+    inbox: Inbox<D>,
+    state: Mutex<State<D>>,
     /// There is something to do for the link's own thread.
     work: Condvar,
 }
 
-#[derive(Default)]
-struct State {
-    queue: VecDeque<Call>,
-    session: Option<Arc<Session>>,
+struct State<D: Dialect> {
+    queue: VecDeque<(D::Call, D::Request)>,
+    session: Option<Arc<Session<D::Call>>>,
     /// Frames that were begun to be written, and were not accepted yet.
     rest: Vec<u8>,
     /// Somebody writes, and takes with it what is queued meanwhile.
@@ -190,16 +210,28 @@ struct State {
     used: Option<Instant>,
 }
 
-impl State {
+impl<D: Dialect> State<D> {
+    fn new() -> Self {
+        Self {
+            queue: VecDeque::new(),
+            session: None,
+            rest: Vec::new(),
+            is_writing: false,
+            needs_thread: false,
+            failed: None,
+            used: None,
+        }
+    }
+
     /// The connection, if it holds.
-    fn connected(&self) -> Option<Arc<Session>> {
+    fn connected(&self) -> Option<Arc<Session<D::Call>>> {
         let session = self.session.as_ref()?;
         (!session.broken.load(Ordering::SeqCst)).then(|| Arc::clone(session))
     }
 }
 
-impl Link {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl<D: Dialect> Link<D> {
+    fn state(&self) -> MutexGuard<'_, State<D>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -215,7 +247,7 @@ impl Link {
         }
     }
 
-    fn leave_to_thread(&self, mut state: MutexGuard<'_, State>) {
+    fn leave_to_thread(&self, mut state: MutexGuard<'_, State<D>>) {
         (state.is_writing, state.needs_thread) = (true, true);
         drop(state);
         self.work.notify_one();
@@ -225,11 +257,11 @@ impl Link {
     /// is not all, or takes more than so many writes, the rest is for the link's thread.
     fn write<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
-        session: &Session,
+        mut state: MutexGuard<'a, State<D>>,
+        session: &Session<D::Call>,
         writes: usize,
         send: impl Fn(&TcpStream, &[u8]) -> io::Result<usize>,
-    ) -> MutexGuard<'a, State> {
+    ) -> MutexGuard<'a, State<D>> {
         state.is_writing = true;
         let mut frames = std::mem::take(&mut state.rest);
         for _ in 0..writes {
@@ -259,7 +291,7 @@ impl Link {
                 }
                 Ok(_) if !session.broken.load(Ordering::SeqCst) => {}
                 // Whatever has been written of it, it may have arrived.
-                _ => session.end(&self.inbox),
+                _ => session.end::<D>(&self.inbox),
             }
             frames.clear();
             frames.shrink_to(WRITE_BATCH_BYTES);
@@ -277,7 +309,12 @@ impl Link {
         state
     }
 
-    fn append(&self, (call, request): Call, calls: &mut Vec<CallId>, frames: &mut Vec<u8>) {
+    fn append(
+        &self,
+        (call, request): (D::Call, D::Request),
+        calls: &mut Vec<D::Call>,
+        frames: &mut Vec<u8>,
+    ) {
         match append_frame(frames, &request) {
             Ok(()) => calls.push(call),
             Err(error) => {
@@ -288,7 +325,7 @@ impl Link {
     }
 
     /// What the thread of the link does: whatever takes time.
-    fn run(self: Arc<Self>, known: &Known) {
+    fn run(self: Arc<Self>, known: &Known<D>) {
         loop {
             let mut state = self.state();
             if !state.needs_thread {
@@ -317,7 +354,7 @@ impl Link {
         }
         let session = self.state().session.take();
         if let Some(session) = session {
-            session.end(&self.inbox);
+            session.end::<D>(&self.inbox);
         }
     }
 
@@ -349,7 +386,7 @@ impl Link {
 
     /// Whether there is nothing to do for this link any more: then it is off the
     /// list.
-    fn may_end(&self, known: &Known) -> bool {
+    fn may_end(&self, known: &Known<D>) -> bool {
         let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
         let state = self.state();
         let is_busy = !state.queue.is_empty() || state.is_writing || state.needs_thread;
@@ -357,7 +394,7 @@ impl Link {
         !is_in_use && known.remove(&(self.to, self.lane)).is_some()
     }
 
-    fn connect(&self) -> io::Result<Arc<Session>> {
+    fn connect(&self) -> io::Result<Arc<Session<D::Call>>> {
         let stream = call::connect(self.to, LINK_CONNECT_TIMEOUT)?;
         stream.set_read_timeout(Some(LOOK_UP))?;
         stream.set_write_timeout(Some(PROMPT_TIMEOUT))?;
@@ -369,16 +406,20 @@ impl Link {
         let (reader, inbox, limit) =
             (Arc::clone(&session), Arc::clone(&self.inbox), self.lane.timeout());
         threads::start(format!("back {}", self.to), move || {
-            if let Err(error) = read_answers(&reader, &inbox, limit) {
+            if let Err(error) = read_answers::<D>(&reader, &inbox, limit) {
                 tracing::debug!("a link has ended: {error}");
             }
-            reader.end(&inbox);
+            reader.end::<D>(&inbox);
         })?;
         Ok(session)
     }
 }
 
-fn read_answers(session: &Session, inbox: &Inbox, limit: Duration) -> io::Result<()> {
+fn read_answers<D: Dialect>(
+    session: &Session<D::Call>,
+    inbox: &Inbox<D>,
+    limit: Duration,
+) -> io::Result<()> {
     let mut decoder = Decoder::new();
     loop {
         match (&session.stream).read(decoder.space()) {
@@ -389,7 +430,7 @@ fn read_answers(session: &Session, inbox: &Inbox, limit: Duration) -> io::Result
             Err(error) => return Err(error),
         }
         let mut ended = Vec::new();
-        let taken = take_answers(session, &mut decoder, &mut ended);
+        let taken = take_answers::<D>(session, &mut decoder, &mut ended);
         if !ended.is_empty() {
             inbox(ended);
         }
@@ -402,16 +443,16 @@ fn read_answers(session: &Session, inbox: &Inbox, limit: Duration) -> io::Result
 }
 
 /// Matches the answers that have come with their calls.
-fn take_answers(
-    session: &Session,
+fn take_answers<D: Dialect>(
+    session: &Session<D::Call>,
     decoder: &mut Decoder,
-    ended: &mut Vec<(CallId, Result)>,
+    ended: &mut Ended<D>,
 ) -> io::Result<()> {
     while let Some(body) = decoder.next_frame().map_err(io::Error::other)? {
         let Some((call, _)) = session.unanswered().pop_front() else {
             return Err(io::Error::other("an answer that nobody has asked for"));
         };
-        // A server that answers in other words has refused the call.
+        // One that answers in other words has refused the call.
         ended.push((call, serde_json::from_slice(body).map_err(|_| CallError::NotSent)));
     }
     Ok(())

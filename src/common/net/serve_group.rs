@@ -8,7 +8,8 @@
 use super::call::{CallFailure, Caller};
 use super::clock::Clock;
 use super::journal::Journal;
-use super::peers::{News, Peers};
+use super::links::{self, Link};
+use super::peers::{BetweenNodes, News, Peers};
 use super::{daemon, threads};
 use crate::consensus::message::Hello;
 use crate::consensus::node::Settings;
@@ -113,7 +114,7 @@ where
                     clock,
                     inner: Mutex::new(Inner { machine, stepped: now }),
                     log: Journal::default(),
-                    peers: Peers::new(kind, Arc::new(hear)),
+                    peers: Peers::new(kind, hear),
                     program: Weak::clone(program),
                     this: Weak::clone(this),
                 }
@@ -213,14 +214,15 @@ where
 
     /// Queues what must stay in order, under the lock; the rest is for later.
     fn perform(&self, effects: Vec<Effect<L>>) -> Later<L> {
-        let mut later = Later { effects: Vec::new(), unsent: Vec::new() };
+        let mut later = Later { links: Vec::new(), effects: Vec::new(), unsent: Vec::new() };
         for effect in effects {
             match effect {
                 Effect::Store { batch, changes } => self.log.submit(changes, batch),
                 Effect::Send { to, envelope } => {
                     let node = envelope.to;
-                    if !self.peers.send(to, *envelope) {
-                        later.unsent.push(Input::Lost(node));
+                    match self.peers.queue(to, *envelope) {
+                        Some(link) => links::add(&mut later.links, link),
+                        None => later.unsent.push(Input::Lost(node)),
                     }
                 }
                 // What this process has promised ends here.
@@ -232,6 +234,7 @@ where
     }
 
     fn finish(&self, later: Later<L>) {
+        later.links.iter().for_each(|link| link.flush());
         for effect in later.effects {
             match effect {
                 Effect::Own(effect) => {
@@ -269,6 +272,7 @@ where
 
 /// What is done without the lock.
 struct Later<L: Lead> {
+    links: Vec<Arc<Link<BetweenNodes>>>,
     effects: Vec<Effect<L>>,
     unsent: Vec<Input<L>>,
 }

@@ -5,10 +5,10 @@ use super::clock::Clock;
 use super::connection::{Asked, Class, Service, Ticket};
 use super::daemon;
 use super::journal::Journal;
-use super::links::{Link, Links};
+use super::links::{self, Dialect, Lane, Link, Links};
 use super::threads;
 use crate::kv::disk::{self, Record};
-use crate::kv::messages::{Public, Reply, Request};
+use crate::kv::messages::{Answer, Public, Reply, Request};
 use crate::kv::server::{
     BEATS_PER_LEASE, CallError, CallId, Effect, Input, Server, Settings, ViewCall, ViewError,
     ViewNews, WATCH,
@@ -41,7 +41,7 @@ pub struct KvShell {
     clock: Clock,
     /// Reads that change nothing share it.
     machine: RwLock<Server<To>>,
-    links: Links,
+    links: Links<BetweenServers>,
     journal: Journal,
     beats: Sender<ViewCall>,
     views: Sender<ViewCall>,
@@ -139,7 +139,7 @@ impl KvShell {
                 match effect {
                     Effect::Call { to, call, request } => {
                         match self.links.queue(to, call, request) {
-                            Some(link) => later.flush(link),
+                            Some(link) => links::add(&mut later.links, link),
                             None => later.unsent.push(call),
                         }
                     }
@@ -155,22 +155,34 @@ impl KvShell {
     }
 }
 
+/// What servers say to each other. Writes that are passed on wait for other servers;
+/// if they and what replicas say to each other went over one link, two servers could
+/// each hold back the acknowledgement that the other one waits for.
+struct BetweenServers;
+
+impl Dialect for BetweenServers {
+    type Call = CallId;
+    type Request = Request;
+    type Answer = Answer;
+
+    fn lane(request: &Request) -> Lane {
+        match request {
+            Request::Op(op) if op.is_write() => Lane::Patient,
+            _ => Lane::Prompt,
+        }
+    }
+}
+
 /// What is done without the lock.
 #[derive(Default)]
 struct Later {
     /// Calls have been queued for these.
-    links: Vec<Arc<Link>>,
+    links: Vec<Arc<Link<BetweenServers>>>,
     effects: Vec<Effect<To>>,
     unsent: Vec<CallId>,
 }
 
 impl Later {
-    fn flush(&mut self, link: Arc<Link>) {
-        if !self.links.iter().any(|known| Arc::ptr_eq(known, &link)) {
-            self.links.push(link);
-        }
-    }
-
     fn finish(self, shell: &KvShell) {
         for link in self.links {
             link.flush();

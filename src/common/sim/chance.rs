@@ -5,6 +5,7 @@ use super::network::{Lane, Party, Way};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 /// Decides what nobody in the cluster decides.
@@ -14,6 +15,10 @@ pub trait Chance {
 
     /// How long the disk of `party` takes to store a batch.
     fn sync(&mut self, party: Party) -> Duration;
+
+    /// From now on no disk is so slow that an election may take longer than those who
+    /// stand for it wait.
+    fn mend_disks(&mut self) {}
 
     /// How many of the `queued` batches, from the first one on, have made it to
     /// the disk of a process that has died.
@@ -79,13 +84,21 @@ pub struct Random {
     weather: Weather,
     ways: BTreeMap<Way, f64>,
     disks: BTreeMap<Party, f64>,
+    are_disks_mended: bool,
 }
+
+/// The powers of ten between which the pace of a disk is, in microseconds.
+const DISK_PACES: Range<f64> = 2.0..4.5;
+
+/// The same for a log that is slow.
+const SLOW_LOG_PACES: Range<f64> = 5.0..5.8;
 
 impl Random {
     /// Everything about it comes from `rng` and `weather`.
     pub fn new(rng: &mut StdRng, weather: Weather) -> Self {
         let rng = StdRng::seed_from_u64(rng.random());
-        Self { rng, weather, ways: BTreeMap::new(), disks: BTreeMap::new() }
+        let (ways, disks) = (BTreeMap::new(), BTreeMap::new());
+        Self { rng, weather, ways, disks, are_disks_mended: false }
     }
 
     /// Micros about `pace`, and once in a while up to `latest` more.
@@ -117,13 +130,21 @@ impl Chance for Random {
 
     fn sync(&mut self, party: Party) -> Duration {
         let rng = &mut self.rng;
+        let is_mended = self.are_disks_mended;
         // What happens while the viewleader's log is slow is worth a look.
-        let pace = || match party {
-            Party::Viewleader(_) if rng.random_bool(0.3) => 10f64.powf(rng.random_range(5.0..5.8)),
-            _ => 10f64.powf(rng.random_range(2.0..4.5)),
+        let pace = || {
+            let is_slow = matches!(party, Party::Viewleader(_)) && rng.random_bool(0.3);
+            let paces = if is_slow && !is_mended { SLOW_LOG_PACES } else { DISK_PACES };
+            10f64.powf(rng.random_range(paces))
         };
         let pace = *self.disks.entry(party).or_insert_with(pace);
         self.micros(pace, self.weather.late, 1e6)
+    }
+
+    fn mend_disks(&mut self) {
+        self.are_disks_mended = true;
+        let slowest = 10f64.powf(DISK_PACES.end);
+        self.disks.values_mut().for_each(|pace| *pace = pace.min(slowest));
     }
 
     fn kept(&mut self, queued: usize) -> usize {

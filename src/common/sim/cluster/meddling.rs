@@ -69,8 +69,9 @@ impl Cluster {
         self.disk_mut(Party::Server(server)).is_failing = true;
     }
 
-    /// No disk is about to fail any more.
+    /// No disk is about to fail any more, nor slower than can be borne.
     pub fn mend_disks(&mut self) {
+        self.chance.mend_disks();
         self.disks.iter_mut().for_each(|disk| disk.is_failing = false);
     }
 
