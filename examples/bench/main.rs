@@ -11,6 +11,7 @@
 
 mod etcd;
 mod load;
+mod moosefs;
 mod ours;
 mod plot;
 #[path = "../../tests/support/process.rs"]
@@ -63,7 +64,7 @@ struct Flags {
 
 type Group = (&'static str, fn(&Effort) -> io::Result<Vec<Figure>>);
 
-const GROUPS: [Group; 13] = [
+const GROUPS: [Group; 14] = [
     ("reads", rows::kv::reads_of_one),
     ("etcd", rows::kv::against_etcd),
     ("memory", rows::kv::writes_in_memory),
@@ -76,6 +77,7 @@ const GROUPS: [Group; 13] = [
     ("files", rows::files::limits),
     ("appends", rows::files::appends),
     ("metadata", rows::files::metadata),
+    ("moosefs", rows::files::against_moosefs),
     ("curves", rows::kv::curves),
 ];
 

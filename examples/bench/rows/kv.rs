@@ -32,7 +32,7 @@ pub(crate) fn reads_of_one(effort: &Effort) -> io::Result<Vec<Figure>> {
     let rows = [(1, 1, 0.9), (50, 1, 1.4), (200, 1, 1.0), (50, 16, 1.0)];
     for ask in [ours::Ask::Getr, ours::Ask::Get] {
         for (clients, depth, to_reach) in rows {
-            let load = Load { clients, depth, operations: MANY, limit: effort.turn };
+            let load = Load { depth, ..Load::of(clients, MANY, effort.turn) };
             let word = if matches!(ask, ours::Ask::Get) { "get" } else { "getr" };
             let pipelined = if depth > 1 { ", 16 pipelined" } else { "" };
             figures.extend(compare(
