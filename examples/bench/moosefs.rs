@@ -1,10 +1,10 @@
 //! MooseFS, a file system after the same paper as ours: a master, chunkservers, and a
 //! client that mounts it.
 //!
-//! Its programs don't take each other's word from loopback addresses. So they run in a
-//! network and a mount namespace of their own, with made-up addresses in it. A `sleep`
-//! holds both and dies with this process, and then addresses and mount are gone. The
-//! load generator stays outside and finds the mounted files through that process.
+//! Its programs refuse to meet at loopback addresses. So they run in a network and a
+//! mount namespace of their own, with made-up addresses in it. A `sleep` holds both and
+//! dies with this process, and then addresses and mount are gone. The load generator
+//! stays outside and finds the mounted files through that `sleep`.
 //!
 //! It answers `fsync` when the data is in the memory of all chunkservers; it has no
 //! setting by which it waits for their disks. So that a row compares the same thing,
