@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// How many operations a client takes from the heap at a time.
 const PORTION: u64 = 8;
 
-/// This part of all operations is for warming up.
+/// Beside the operations that count, this part of them is for warming up.
 const WARM_UP_PART: u64 = 10;
 
 /// Whatever takes longer counts as this, in microseconds.
@@ -51,6 +51,8 @@ pub(crate) struct Load {
     pub(crate) depth: usize,
     /// How many operations there are, warming up aside.
     pub(crate) operations: u64,
+    /// How many there are for warming up.
+    pub(crate) warm_ups: u64,
     /// For how long at most.
     pub(crate) limit: Duration,
 }
@@ -58,7 +60,7 @@ pub(crate) struct Load {
 impl Load {
     /// So many clients with one call each.
     pub(crate) fn of(clients: usize, operations: u64, limit: Duration) -> Self {
-        Self { clients, depth: 1, operations, limit }
+        Self { clients, depth: 1, operations, warm_ups: operations / WARM_UP_PART, limit }
     }
 }
 
@@ -98,7 +100,7 @@ pub(crate) fn drive<C: Client>(
         for mut client in clients {
             let (gate, warm, counted) = (&gate, &warm, &counted);
             let work = move || {
-                let warm_ups = load.operations / WARM_UP_PART;
+                let warm_ups = load.warm_ups;
                 let brief = Load { limit: load.limit / 4, ..load };
                 let warmed = take_part(&mut client, warm, 0..warm_ups, brief);
                 // One that has failed must not keep the others waiting.

@@ -12,6 +12,7 @@
 mod bare;
 mod etcd;
 mod load;
+mod moosefs;
 mod ours;
 mod plot;
 #[path = "../../tests/support/process.rs"]
@@ -82,6 +83,7 @@ const GROUPS: [Group; 14] = [
     ("files", rows::files::limits),
     ("appends", rows::files::appends),
     ("metadata", rows::files::metadata),
+    ("moosefs", rows::files::against_moosefs),
     ("curves", rows::kv::curves),
 ];
 

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// How long a program may take until it serves.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A free address on this machine.
 pub(crate) fn loopback() -> SocketAddrV4 {
@@ -71,10 +71,15 @@ impl Daemon {
             Some(_) => Ok(()),
             None => {
                 let error = is_ready().err().map_or(String::new(), |error| error.to_string());
-                let said = self.program.stderr();
+                let said = self.said();
                 Err(io::Error::other(format!("{} does not serve: {error}\n{said}", self.name)))
             }
         }
+    }
+
+    /// What it has written to standard error so far.
+    pub(crate) fn said(&self) -> String {
+        self.program.stderr()
     }
 
     /// Its process.
@@ -88,7 +93,8 @@ impl Daemon {
     }
 }
 
-fn is_installed(program: &Path) -> bool {
+/// Whether `program` is a file, or one of the commands of this machine.
+pub(crate) fn is_installed(program: &Path) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     program.exists() || std::env::split_paths(&path).any(|folder| folder.join(program).exists())
 }

@@ -1,9 +1,10 @@
 //! The file system against what the machine can do, against itself, and MooseFS.
 
 use super::super::load::{Client, Load, drive};
+use super::super::moosefs::MooseFs;
 use super::super::ours::Connection;
 use super::super::programs::{Daemon, loopback, our_folder};
-use super::{Effort, Figure, Goal};
+use super::{Effort, Figure, Goal, Side, compare, measure};
 use ringleader::gfs::FileName;
 use ringleader::gfs::messages::{MasterRequest, Status};
 use ringleader::net::files::{Failure, FileClient};
@@ -17,8 +18,14 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How many bytes are written and read in one turn.
+/// How many bytes are written and read in one turn, against what the machine can do.
 const BYTES: usize = 256 * 1024 * 1024;
+
+/// How many against MooseFS.
+const FILE_BYTES: usize = 1024 * 1024 * 1024;
+
+/// How often they are written at most: all copies stay on the disk until the end.
+const MAX_WRITE_ROUNDS: usize = 3;
 
 /// In pieces of this size.
 const PIECE: usize = 1024 * 1024;
@@ -29,13 +36,16 @@ const RECORD: [u8; 100] = [b'r'; 100];
 /// More operations than one turn has time for.
 const MANY: u64 = 100_000_000;
 
+/// How long a file may take.
+const FILE_PATIENCE: Duration = Duration::from_secs(600);
+
 /// How long one operation is tried.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A master and three chunkservers.
 struct System {
     master: Daemon,
-    _servers: Vec<Daemon>,
+    servers: Vec<Daemon>,
 }
 
 impl System {
@@ -53,7 +63,7 @@ impl System {
             Daemon::start("chunkserver", command, own)
         };
         let servers = (0..3).map(start).collect::<io::Result<Vec<_>>>()?;
-        let system = Self { master, _servers: servers };
+        let system = Self { master, servers };
         system.master.wait_until(|| {
             let census = Connection::open(at)?.ask(&json!({"cmd": "census"}))?;
             if census["servers"] == 3 { Ok(()) } else { Err(io::Error::other("too few are here")) }
@@ -65,6 +75,10 @@ impl System {
         let at = self.master.address;
         let master = HostPort { host: at.ip().to_string(), port: Some(at.port()) };
         FileClient::new(vec![master], PATIENCE, rand::random())
+    }
+
+    fn processes(&self) -> Vec<u32> {
+        self.servers.iter().chain([&self.master]).map(Daemon::id).collect()
     }
 
     fn create(&self, name: &str) -> io::Result<FileName> {
@@ -89,7 +103,7 @@ fn disk_limit(folder: &Path) -> io::Result<f64> {
     let begun = Instant::now();
     let copy = |number: usize| -> io::Result<()> {
         let path = folder.join(format!("limit{number}"));
-        let (mut file, piece) = (File::create(&path)?, vec![b'x'; PIECE]);
+        let (mut file, piece) = (File::create(&path)?, piece());
         for _ in 0..BYTES / PIECE {
             file.write_all(&piece)?;
         }
@@ -110,7 +124,7 @@ fn network_limit() -> io::Result<f64> {
     thread::scope(|scope| {
         scope.spawn(move || -> io::Result<()> {
             let (mut stream, _) = listener.accept()?;
-            let piece = vec![b'x'; PIECE];
+            let piece = piece();
             (0..BYTES / PIECE).try_for_each(|_| stream.write_all(&piece))
         });
         let (mut stream, mut piece) = (TcpStream::connect(at)?, vec![0; PIECE]);
@@ -122,27 +136,50 @@ fn network_limit() -> io::Result<f64> {
     })
 }
 
-fn write(system: &System, name: &FileName) -> io::Result<f64> {
-    let (mut client, piece) = (system.client(), vec![b'x'; PIECE]);
-    let begun = Instant::now();
-    for at in (0..BYTES).step_by(PIECE) {
-        client.write(name, at as u64, &piece).map_err(failed)?;
+/// One client that writes a file in pieces, each durable when it is acknowledged.
+struct Writer(FileClient, FileName, Vec<u8>);
+
+impl Client for Writer {
+    fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
+        let Self(client, name, piece) = self;
+        client.write(name, number * PIECE as u64, piece).map_err(failed)
     }
-    Ok(megabytes_per_second(BYTES, begun))
 }
 
-fn read(system: &System, name: &FileName) -> io::Result<f64> {
-    let mut client = system.client();
-    let begun = Instant::now();
-    let mut at = 0;
-    while at < BYTES {
-        let data = client.read(name, at as u64, PIECE).map_err(failed)?;
-        if data.is_empty() {
-            return Err(io::Error::other("the file ends too early"));
+/// One client that reads a file in pieces.
+struct Reader(FileClient, FileName);
+
+impl Client for Reader {
+    fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
+        match self.0.read(&self.1, number * PIECE as u64, PIECE).map_err(failed)?.len() {
+            PIECE => Ok(()),
+            _ => Err(io::Error::other("a piece is not all there")),
         }
-        at += data.len();
     }
-    Ok(megabytes_per_second(BYTES, begun))
+}
+
+/// One client that does something with each piece of a file, once.
+fn pieces_of(bytes: usize) -> Load {
+    Load { warm_ups: 0, ..Load::of(1, (bytes / PIECE) as u64, FILE_PATIENCE) }
+}
+
+fn piece() -> Vec<u8> {
+    vec![b'x'; PIECE]
+}
+
+fn write(system: &System, name: &FileName, bytes: usize) -> io::Result<Side> {
+    let connect = |_| Ok(Writer(system.client(), name.clone(), piece()));
+    measure(pieces_of(bytes), &system.processes(), connect)
+}
+
+fn read(system: &System, name: &FileName, bytes: usize) -> io::Result<Side> {
+    let connect = |_| Ok(Reader(system.client(), name.clone()));
+    measure(pieces_of(bytes), &system.processes(), connect)
+}
+
+/// What so many pieces in a second are in MB.
+fn megabytes(side: Side) -> f64 {
+    side.rate * PIECE as f64 / 1e6
 }
 
 /// One client that writes and reads, against the disk and the network.
@@ -153,10 +190,11 @@ pub(crate) fn limits(effort: &Effort) -> io::Result<Vec<Figure>> {
     let mut notes = [String::new(), String::new()];
     for round in 0..effort.rounds.min(3) {
         let name = system.create(&format!("file{round}"))?;
-        let (own, limit) = (write(&system, &name)?, disk_limit(folder.path())?);
+        let own = megabytes(write(&system, &name, BYTES)?);
+        let limit = disk_limit(folder.path())?;
         notes[0] = format!("{own:.0} MB/s, disk {limit:.0} MB/s for each of three copies");
         written.push(own / limit);
-        let (own, limit) = (read(&system, &name)?, network_limit()?);
+        let (own, limit) = (megabytes(read(&system, &name, BYTES)?), network_limit()?);
         notes[1] = format!("{own:.0} MB/s, loopback {limit:.0} MB/s");
         got.push(own / limit);
     }
@@ -208,6 +246,75 @@ pub(crate) fn appends(effort: &Effort) -> io::Result<Vec<Figure>> {
     }
     let goal = Goal::AtLeast(0.8);
     Ok(vec![Figure::single(name, "1 client", ratios, "x", goal, note)])
+}
+
+/// One client that writes, reads and appends, against MooseFS with as many copies.
+pub(crate) fn against_moosefs(effort: &Effort) -> io::Result<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    let system = System::start(folder.path())?;
+    let moosefs = if effort.alone { None } else { Some(MooseFs::start(folder.path())?) };
+    // Only asked for when the other side takes part.
+    let theirs = || moosefs.as_ref().ok_or_else(|| io::Error::other("MooseFS is left out"));
+    let other = moosefs.as_ref().map_or(Vec::new(), MooseFs::processes);
+    let new_name = |what: &str| format!("{what}-{}", rand::random::<u32>());
+    let whole = pieces_of(FILE_BYTES);
+    let mut figures = Vec::new();
+
+    let few = Effort { rounds: effort.rounds.min(MAX_WRITE_ROUNDS), ..effort.clone() };
+    let write_theirs = |name: &str| {
+        let theirs = theirs()?;
+        measure(whole, &other, |_| theirs.writer(name, piece(), whole.operations))
+    };
+    figures.extend(compare(
+        "file write of 1 GiB, 3 copies, synced at the end, 1 client",
+        "MooseFS",
+        1.8,
+        &few,
+        || write(&system, &system.create(&new_name("written"))?, FILE_BYTES),
+        || write_theirs(&new_name("written")),
+    )?);
+
+    let name = "file read of 1 GiB, 1 client";
+    if effort.wants(name) {
+        let file = system.create("read")?;
+        write(&system, &file, FILE_BYTES)?;
+        if !effort.alone {
+            write_theirs("read")?;
+        }
+        figures.extend(compare(
+            name,
+            "MooseFS",
+            3.0,
+            effort,
+            || read(&system, &file, FILE_BYTES),
+            || {
+                let theirs = theirs()?;
+                measure(whole, &other, |_| theirs.reader("read", PIECE))
+            },
+        )?);
+    }
+
+    let name = "append of 100 bytes, durable, 1 client";
+    if effort.wants(name) {
+        moosefs.iter().try_for_each(MooseFs::sync_each_write)?;
+        let load = Load::of(1, MANY, effort.turn);
+        figures.extend(compare(
+            name,
+            "MooseFS, O_APPEND and fsync",
+            2.0,
+            effort,
+            || {
+                let file = system.create(&new_name("records"))?;
+                let connect = |_| Ok(Appender(system.client(), file.clone()));
+                measure(load, &system.processes(), connect)
+            },
+            || {
+                let (theirs, file) = (theirs()?, new_name("records"));
+                measure(load, &other, |_| theirs.appender(&file, &RECORD))
+            },
+        )?);
+    }
+    Ok(figures)
 }
 
 /// Somebody who asks the master.

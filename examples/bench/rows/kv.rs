@@ -34,7 +34,7 @@ pub(crate) fn reads_of_one(effort: &Effort) -> io::Result<Vec<Figure>> {
     for ask in [ours::Ask::Getr, ours::Ask::Get] {
         let requests = cluster.requests(ask, KEYS)?;
         for (clients, depth, to_reach) in rows {
-            let load = Load { clients, depth, operations: MANY, limit: effort.turn };
+            let load = Load { depth, ..Load::of(clients, MANY, effort.turn) };
             let word = if matches!(ask, ours::Ask::Get) { "get" } else { "getr" };
             let pipelined = if depth > 1 { ", 16 pipelined" } else { "" };
             figures.extend(compare(
