@@ -126,7 +126,7 @@ fn every_acknowledged_record_is_there_once_though_chunkservers_are_killed_and_st
     while (content.len() as u64) < length {
         let piece = client.read(&file, content.len() as u64, 1 << 20).unwrap();
         assert!(!piece.is_empty());
-        content.extend(piece);
+        content.extend_from_slice(&piece);
     }
     assert!(written.len() > 100, "only {} records", written.len());
     println!("{} records in {:?}", written.len(), started.elapsed());
@@ -191,7 +191,7 @@ fn what_a_copy_missed_while_its_chunkserver_was_away_is_never_read_from_it() {
     let deadline = Instant::now() + Duration::from_secs(8);
     while Instant::now() < deadline {
         // A new client each time: any of the three may be asked.
-        assert_eq!(system.client().read(&file, 0, 6).unwrap(), b"behind");
+        assert_eq!(*system.client().read(&file, 0, 6).unwrap(), *b"behind");
     }
     assert_eq!(system.wait_until_at_rest().copies, 3);
     assert_eq!(chunk_files(&system.folder(2)).len(), 1, "what was stale is still there");

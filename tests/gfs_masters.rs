@@ -118,7 +118,7 @@ fn nothing_acknowledged_is_lost_and_work_resumes_though_the_leading_master_is_ki
         let length = client.stat(&file).unwrap().length;
         let mut content = Vec::new();
         while (content.len() as u64) < length {
-            content.extend(client.read(&file, content.len() as u64, 1 << 20).unwrap());
+            content.extend_from_slice(&client.read(&file, content.len() as u64, 1 << 20).unwrap());
         }
         for (offset, record) in &written {
             let place = *offset as usize..*offset as usize + record.len();

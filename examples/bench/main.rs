@@ -69,7 +69,7 @@ struct Flags {
 
 type Group = (&'static str, fn(&Effort) -> io::Result<Vec<Figure>>);
 
-const GROUPS: [Group; 14] = [
+const GROUPS: [Group; 15] = [
     ("reads", rows::kv::reads_of_one),
     ("shape", rows::kv::shape),
     ("etcd", rows::kv::against_etcd),

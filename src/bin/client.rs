@@ -180,8 +180,8 @@ enum Asked {
     QueryServers,
     /// Get a lock, waiting for it if another holds it
     ///
-    /// While another holds it, this says so and asks again every 5 seconds. Ctrl-C
-    /// leaves the queue. The reply tells the token of the grant, for `setr --fence`.
+    /// While another holds it, this says so and asks again every 5 seconds, or three times
+    /// within its time to live if that is sooner. Ctrl-C leaves the queue. The reply tells the token of the grant, for `setr --fence`.
     #[command(name = "lock_get")]
     LockGet {
         /// The name of the lock

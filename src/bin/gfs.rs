@@ -211,7 +211,7 @@ fn run(flags: Flags) -> Result<(), Trouble> {
             bar.end();
             tell(json, &Moved { name: name.as_str(), bytes: length })
         }
-        Asked::Cat { name } => cat(&mut client, &checked(&name)?),
+        Asked::Cat { name } => cat(&new, &mut client, &checked(&name)?),
         Asked::Write { name, offset } => write(&mut client, &checked(&name)?, offset, json),
         Asked::Append { name, lines } => append(&mut client, &checked(&name)?, lines, json),
         Asked::Ls { under } => {
@@ -338,18 +338,15 @@ fn reshape(client: &mut FileClient, request: GroupRequest, json: bool) -> Result
     tell(json, &reply)
 }
 
-fn cat(client: &mut FileClient, name: &FileName) -> Result<(), Trouble> {
-    let (length, mut offset) = (client.stat(name)?.length, 0);
+fn cat(
+    new: &dyn Fn() -> FileClient,
+    client: &mut FileClient,
+    name: &FileName,
+) -> Result<(), Trouble> {
+    let length = client.stat(name)?.length;
     let mut out = io::stdout().lock();
-    while offset < length {
-        let wanted = MAX_PIECE_BYTES.min((length - offset) as usize);
-        let data = client.read(name, offset, wanted)?;
-        if data.is_empty() {
-            break;
-        }
-        offset += data.len() as u64;
-        out.write_all(&data)?;
-    }
+    transfer::read_all(new, name, length, |piece| out.write_all(piece))
+        .map_err(|trouble| transfer_trouble("standard output".as_ref(), trouble))?;
     Ok(out.flush()?)
 }
 

@@ -7,9 +7,11 @@ use super::super::programs::{Daemon, loopback, our_folder};
 use super::{Effort, Figure, Goal, Side, compare, measure};
 use ringleader::gfs::FileName;
 use ringleader::gfs::messages::{MasterRequest, Status};
-use ringleader::net::files::{Failure, FileClient};
+use ringleader::net::files::FileClient;
+use ringleader::net::transfer::{self, Bar};
 use ringleader::wire::HostPort;
 use serde_json::json;
+use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
@@ -82,14 +84,18 @@ impl System {
     }
 
     fn create(&self, name: &str) -> io::Result<FileName> {
-        let name = FileName::new(name).map_err(io::Error::other)?;
+        let name = file_name(name)?;
         let create = MasterRequest::Create { name: name.clone(), chunk_bytes: None, copies: None };
         let _: Status = self.client().ask(&create, false).map_err(failed)?;
         Ok(name)
     }
 }
 
-fn failed(failure: Failure) -> io::Error {
+fn file_name(name: &str) -> io::Result<FileName> {
+    FileName::new(name).map_err(io::Error::other)
+}
+
+fn failed(failure: impl Debug) -> io::Error {
     io::Error::other(format!("{failure:?}"))
 }
 
@@ -136,45 +142,68 @@ fn network_limit() -> io::Result<f64> {
     })
 }
 
-/// One client that writes a file in pieces, each durable when it is acknowledged.
-struct Writer(FileClient, FileName, Vec<u8>);
+/// Puts whole files into the system, as `gfs put` does: every piece is durable when it
+/// is acknowledged.
+struct Putter<'a> {
+    system: &'a System,
+    local: File,
+    name: FileName,
+}
 
-impl Client for Writer {
-    fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
-        let Self(client, name, piece) = self;
-        client.write(name, number * PIECE as u64, piece).map_err(failed)
+impl Client for Putter<'_> {
+    fn call(&mut self, _: u64, pieces: usize) -> io::Result<()> {
+        let (length, bar) = ((pieces * PIECE) as u64, Bar::new(0, false));
+        let new = || self.system.client();
+        transfer::put(&new, &self.local, length, &self.name, None, None, &bar).map_err(failed)
     }
 }
 
-/// One client that reads a file in pieces.
-struct Reader(FileClient, FileName);
+/// Reads whole files, as `gfs cat` does.
+struct Reader<'a>(&'a System, FileName);
 
-impl Client for Reader {
-    fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
-        match self.0.read(&self.1, number * PIECE as u64, PIECE).map_err(failed)?.len() {
-            PIECE => Ok(()),
-            _ => Err(io::Error::other("a piece is not all there")),
-        }
+impl Client for Reader<'_> {
+    fn call(&mut self, _: u64, pieces: usize) -> io::Result<()> {
+        let (mut length, wanted) = (0, pieces * PIECE);
+        let new = || self.0.client();
+        let take = |piece: &[u8]| {
+            length += piece.len();
+            Ok(())
+        };
+        transfer::read_all(&new, &self.1, wanted as u64, take).map_err(failed)?;
+        if length == wanted { Ok(()) } else { Err(io::Error::other("not all of it is there")) }
     }
 }
 
-/// One client that does something with each piece of a file, once.
+/// One client that does something with all pieces of a file, once.
+fn whole(bytes: usize) -> Load {
+    let pieces = bytes / PIECE;
+    Load { warm_ups: 0, depth: pieces, ..Load::of(1, pieces as u64, FILE_PATIENCE) }
+}
+
+/// The same, one piece after the other.
 fn pieces_of(bytes: usize) -> Load {
-    Load { warm_ups: 0, ..Load::of(1, (bytes / PIECE) as u64, FILE_PATIENCE) }
+    Load { depth: 1, ..whole(bytes) }
 }
 
 fn piece() -> Vec<u8> {
     vec![b'x'; PIECE]
 }
 
-fn write(system: &System, name: &FileName, bytes: usize) -> io::Result<Side> {
-    let connect = |_| Ok(Writer(system.client(), name.clone(), piece()));
-    measure(pieces_of(bytes), &system.processes(), connect)
+/// A file on this machine's disk, to be put into the system.
+fn local(folder: &Path, bytes: usize) -> io::Result<File> {
+    let path = folder.join("local");
+    let (mut file, piece) = (File::create(&path)?, piece());
+    (0..bytes / PIECE).try_for_each(|_| file.write_all(&piece))?;
+    File::open(path)
+}
+
+fn write(system: &System, local: &File, name: &FileName, bytes: usize) -> io::Result<Side> {
+    let connect = |_| Ok(Putter { system, local: local.try_clone()?, name: name.clone() });
+    measure(whole(bytes), &system.processes(), connect)
 }
 
 fn read(system: &System, name: &FileName, bytes: usize) -> io::Result<Side> {
-    let connect = |_| Ok(Reader(system.client(), name.clone()));
-    measure(pieces_of(bytes), &system.processes(), connect)
+    measure(whole(bytes), &system.processes(), |_| Ok(Reader(system, name.clone())))
 }
 
 /// What so many pieces in a second are in MB.
@@ -188,9 +217,10 @@ pub(crate) fn limits(effort: &Effort) -> io::Result<Vec<Figure>> {
     let system = System::start(folder.path())?;
     let (mut written, mut got) = (Vec::new(), Vec::new());
     let mut notes = [String::new(), String::new()];
+    let local = local(folder.path(), BYTES)?;
     for round in 0..effort.rounds.min(3) {
-        let name = system.create(&format!("file{round}"))?;
-        let own = megabytes(write(&system, &name, BYTES)?);
+        let name = file_name(&format!("file{round}"))?;
+        let own = megabytes(write(&system, &local, &name, BYTES)?);
         let limit = disk_limit(folder.path())?;
         notes[0] = format!("{own:.0} MB/s, disk {limit:.0} MB/s for each of three copies");
         written.push(own / limit);
@@ -257,27 +287,28 @@ pub(crate) fn against_moosefs(effort: &Effort) -> io::Result<Vec<Figure>> {
     let theirs = || moosefs.as_ref().ok_or_else(|| io::Error::other("MooseFS is left out"));
     let other = moosefs.as_ref().map_or(Vec::new(), MooseFs::processes);
     let new_name = |what: &str| format!("{what}-{}", rand::random::<u32>());
-    let whole = pieces_of(FILE_BYTES);
+    let pieces = pieces_of(FILE_BYTES);
+    let local = local(folder.path(), FILE_BYTES)?;
     let mut figures = Vec::new();
 
     let few = Effort { rounds: effort.rounds.min(MAX_WRITE_ROUNDS), ..effort.clone() };
     let write_theirs = |name: &str| {
         let theirs = theirs()?;
-        measure(whole, &other, |_| theirs.writer(name, piece(), whole.operations))
+        measure(pieces, &other, |_| theirs.writer(name, piece(), pieces.operations))
     };
     figures.extend(compare(
         "file write of 1 GiB, 3 copies, synced at the end, 1 client",
         "MooseFS",
         1.8,
         &few,
-        || write(&system, &system.create(&new_name("written"))?, FILE_BYTES),
+        || write(&system, &local, &file_name(&new_name("written"))?, FILE_BYTES),
         || write_theirs(&new_name("written")),
     )?);
 
     let name = "file read of 1 GiB, 1 client";
     if effort.wants(name) {
-        let file = system.create("read")?;
-        write(&system, &file, FILE_BYTES)?;
+        let file = file_name("read")?;
+        write(&system, &local, &file, FILE_BYTES)?;
         if !effort.alone {
             write_theirs("read")?;
         }
@@ -289,7 +320,7 @@ pub(crate) fn against_moosefs(effort: &Effort) -> io::Result<Vec<Figure>> {
             || read(&system, &file, FILE_BYTES),
             || {
                 let theirs = theirs()?;
-                measure(whole, &other, |_| theirs.reader("read", PIECE))
+                measure(pieces, &other, |_| theirs.reader("read", PIECE))
             },
         )?);
     }

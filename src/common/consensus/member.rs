@@ -151,6 +151,9 @@ impl<S: State> Member<S> {
             max_inflight_msgs: MAX_INFLIGHT,
             check_quorum: true,
             pre_vote: true,
+            // What is committed goes with the next entries, or the next heartbeat: nobody
+            // waits for the others to apply it, and it would double the messages.
+            skip_bcast_commit: true,
             ..Config::default()
         };
         let raft = RawNode::new(&config, log, &slog::Logger::root(slog::Discard, slog::o!()))?;

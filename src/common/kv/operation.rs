@@ -29,6 +29,25 @@ use std::time::Duration;
 /// How long a client waits before it asks for a lock again; the original's.
 pub const LOCK_RETRY: Duration = Duration::from_secs(5);
 
+/// How many times a client with a time to live asks in it.
+const SIGNS: u32 = 3;
+
+/// How soon what `command` asks for is asked for again: sooner than every 5 s if its place
+/// among those who wait were lost by then, since nobody would have heard of it.
+fn lock_retry(command: &Command) -> Duration {
+    let ttl = match command {
+        Command::LockGet(LockCall { ttl_ms: Some(ttl), .. }) => Duration::from_millis(*ttl),
+        _ => return LOCK_RETRY,
+    };
+    LOCK_RETRY.min(ttl / SIGNS)
+}
+
+/// Such a time, for people.
+fn in_seconds(time: Duration) -> String {
+    let tenths = (time.as_secs_f64() * 10.0).round().max(1.0);
+    format!("{} s", tenths / 10.0)
+}
+
 /// How many times in a row a waiting client finds nobody there before it gives
 /// up.
 const MAX_SILENCE: u32 = 12;
@@ -458,13 +477,10 @@ impl Operation {
                     return Next::Wait(why, Duration::ZERO);
                 }
                 let ahead = ahead.map_or(String::new(), |ahead| format!(" ({ahead} ahead)"));
-                Next::Wait(
-                    format!(
-                        "waiting for the lock{ahead}; asking again in {} s",
-                        LOCK_RETRY.as_secs()
-                    ),
-                    LOCK_RETRY,
-                )
+                let again = lock_retry(&self.command);
+                let why =
+                    format!("waiting for the lock{ahead}; asking again in {}", in_seconds(again));
+                Next::Wait(why, again)
             }
             Stage::Leaving => {
                 let message = "interrupted: the lock is not waited for any more";
@@ -523,7 +539,8 @@ impl Operation {
                 if !*heard || *silences > MAX_SILENCE {
                     return conclusion(Verdict::Nobody, &why);
                 }
-                Next::Wait(format!("{why}; asking again in {} s", LOCK_RETRY.as_secs()), LOCK_RETRY)
+                let again = lock_retry(&self.command);
+                Next::Wait(format!("{why}; asking again in {}", in_seconds(again)), again)
             }
             Stage::Leaving => conclusion(
                 Verdict::Interrupted,
@@ -711,5 +728,27 @@ impl Conclusion {
             note.map_or(error.clone(), |note| format!("{error}: {note}"))
         });
         Self { reply: Some(line), message, verdict }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Identity;
+
+    fn retry(ttl_ms: Option<u64>) -> Duration {
+        let call = LockCall { ttl_ms, ..LockCall::new("door".to_owned(), Identity::text("me")) };
+        lock_retry(&Command::LockGet(call))
+    }
+
+    #[test]
+    fn who_waits_with_a_time_to_live_asks_again_before_that_is_over() {
+        assert_eq!(retry(None), LOCK_RETRY);
+        assert_eq!(retry(Some(60_000)), LOCK_RETRY);
+        for ttl_ms in [300, 2_061, 3_687, 14_000] {
+            assert!(retry(Some(ttl_ms)) * 2 < Duration::from_millis(ttl_ms));
+        }
+        assert_eq!(in_seconds(LOCK_RETRY), "5 s");
+        assert_eq!(in_seconds(Duration::from_millis(687)), "0.7 s");
     }
 }

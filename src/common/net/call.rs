@@ -158,13 +158,19 @@ impl Caller {
         }
     }
 
-    /// Sends a whole frame and waits for the answer to it until `deadline`.
+    /// Sends a whole frame, waits for the answer to it until `deadline`, and hands that
+    /// to `take` where it stands.
     ///
     /// # Errors
     /// A [`CallFailure`]; the connection is then of no more use.
-    pub fn exchange(&mut self, frame: &[u8], deadline: Instant) -> Result<Vec<u8>, CallFailure> {
+    pub fn exchange<R>(
+        &mut self,
+        frame: &[u8],
+        deadline: Instant,
+        take: impl FnOnce(&[u8]) -> R,
+    ) -> Result<R, CallFailure> {
         self.send(frame, deadline)?;
-        self.receive(deadline)
+        self.receive_with(deadline, take)
     }
 
     /// Sends whole frames until `deadline`. Each of them has an answer, to be taken
@@ -183,12 +189,16 @@ impl Caller {
     /// # Errors
     /// As [`Caller::call`].
     pub fn receive(&mut self, deadline: Instant) -> Result<Vec<u8>, CallFailure> {
-        loop {
-            match self.decoder.next_frame() {
-                Ok(Some(body)) => return Ok(body.to_vec()),
-                Ok(None) => {}
-                Err(error) => return Err(CallFailure::Lost(io::Error::other(error))),
-            }
+        self.receive_with(deadline, <[u8]>::to_vec)
+    }
+
+    /// The same, and hands the answer to `take`.
+    fn receive_with<R>(
+        &mut self,
+        deadline: Instant,
+        take: impl FnOnce(&[u8]) -> R,
+    ) -> Result<R, CallFailure> {
+        while !self.decoder.has_frame() {
             let left = left_until(deadline).map_err(CallFailure::Lost)?;
             self.stream.set_read_timeout(Some(left)).map_err(CallFailure::Lost)?;
             match self.stream.read(self.decoder.space()) {
@@ -201,6 +211,12 @@ impl Caller {
                 }
                 Err(error) => return Err(CallFailure::Lost(error)),
             }
+        }
+        let lost = |error| CallFailure::Lost(io::Error::other(error));
+        match self.decoder.next_frame() {
+            Ok(Some(body)) => Ok(take(body)),
+            Ok(None) => Err(lost("half an answer".to_owned())),
+            Err(error) => Err(lost(error.to_string())),
         }
     }
 }

@@ -604,7 +604,10 @@ impl<S: Service> Conversation<'_, S> {
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+                {
+                    decoder.rest();
+                }
                 Err(error) => return Err(error),
             }
             let (limit, what) = match between {

@@ -8,8 +8,8 @@
 
 use super::call::{self, CallFailure, Caller, Patience, Walked};
 use crate::gfs::messages::{
-    Census, ChunkReply, ChunkRequest, DataId, FailedPrimary, LeaseGranted, Listed, Located, Mark,
-    MasterRequest, Packet, append_packet,
+    Census, ChunkReply, ChunkRequest, Data, DataId, FailedPrimary, LeaseGranted, Listed, Located,
+    Mark, MasterRequest, Packet, append_packet,
 };
 use crate::gfs::{FileName, LOCATIONS_LAST, MAX_PIECE_BYTES, MAX_RECORD_BYTES};
 use crate::wire::address::PortRange;
@@ -243,10 +243,10 @@ impl FileClient {
                 Some(caller) => (caller, true),
                 None => (Caller::connect(at, deadline).map_err(|_| None)?, false),
             };
-            match caller.exchange(&frame, deadline) {
-                Ok(body) => {
+            match caller.exchange(&frame, deadline, Packet::reply) {
+                Ok(reply) => {
                     self.callers.insert(at, caller);
-                    return Packet::reply(&body).map_err(Some);
+                    return reply.map_err(Some);
                 }
                 Err(CallFailure::Closed) if is_old => {}
                 Err(_) => return Err(None),
@@ -322,12 +322,7 @@ impl FileClient {
     ///
     /// # Errors
     /// A [`Failure`].
-    pub fn read(
-        &mut self,
-        name: &FileName,
-        offset: u64,
-        length: usize,
-    ) -> Result<Vec<u8>, Failure> {
+    pub fn read(&mut self, name: &FileName, offset: u64, length: usize) -> Result<Data, Failure> {
         let mut again = Again::new(self.timeout);
         let (total, chunk_bytes) = self.locate(name, 0, &mut again)?;
         let index = (offset / chunk_bytes) as usize;
@@ -335,18 +330,17 @@ impl FileClient {
             // Perhaps by now.
             self.known.remove(name);
             if index >= self.locate(name, index, &mut again)?.0 {
-                return Ok(Vec::new());
+                return Ok(Data::default());
             }
         }
         let within = offset % chunk_bytes;
         let length = length.min(MAX_PIECE_BYTES).min((chunk_bytes - within) as usize);
-        let mut data = match self.at_some_replica(name, index, Some((within, length)))? {
-            Some(packet) => packet.data.to_vec(),
-            None => Vec::new(),
-        };
+        let packet = self.at_some_replica(name, index, Some((within, length)))?;
+        let data = packet.map(|packet| packet.data).unwrap_or_default();
         if data.len() < length && index + 1 < total {
             // A chunk in the middle that was not filled reads as zeros.
-            data.resize(length, 0);
+            let zeros = std::iter::repeat_n(0, length - data.len());
+            return Ok(data.iter().copied().chain(zeros).collect());
         }
         Ok(data)
     }

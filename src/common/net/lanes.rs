@@ -107,7 +107,7 @@ fn exchange(to: SocketAddrV4, caller: &mut Option<Caller>, call: &Call) -> Optio
     if caller.is_none() {
         *caller = Caller::connect(to, call.until.min(Instant::now() + CONNECT_PATIENCE)).ok();
     }
-    let answer = caller.as_mut()?.exchange(&call.frame, call.until);
+    let answer = caller.as_mut()?.exchange(&call.frame, call.until, <[u8]>::to_vec);
     if answer.is_err() {
         *caller = None;
     }

@@ -69,6 +69,12 @@ pub trait Dialect: Send + Sync + 'static {
     /// What is answered.
     type Answer: DeserializeOwned + Send + 'static;
 
+    /// Whether calls wait until those before them are answered, and then go together:
+    /// for calls that are answered as soon as they are read. So the more there is to
+    /// say, the more goes with one write; a call that finds nothing before it does not
+    /// wait.
+    const GATHERS: bool;
+
     /// Which of the links to its address a call takes.
     fn lane(request: &Self::Request) -> Lane;
 }
@@ -175,6 +181,11 @@ impl<C: Copy> Session<C> {
     fn unanswered(&self) -> MutexGuard<'_, VecDeque<(C, Instant)>> {
         self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Whether calls of this dialect have to wait for answers now.
+    fn gathers<D: Dialect<Call = C>>(&self) -> bool {
+        D::GATHERS && !self.broken.load(Ordering::SeqCst) && !self.unanswered().is_empty()
+    }
 }
 
 /// Adds a link to those that are to be flushed, once.
@@ -242,6 +253,7 @@ impl<D: Dialect> Link<D> {
             return;
         }
         match state.connected() {
+            Some(session) if session.gathers::<D>() => {}
             Some(session) => drop(self.write(state, &session, MAX_WRITES, call::send_now)),
             None => self.leave_to_thread(state),
         }
@@ -297,12 +309,13 @@ impl<D: Dialect> Link<D> {
             frames.shrink_to(WRITE_BATCH_BYTES);
             state = self.state();
             state.used = Some(now);
-            if session.broken.load(Ordering::SeqCst) {
+            if session.broken.load(Ordering::SeqCst) || session.gathers::<D>() {
                 break;
             }
         }
         state.is_writing = false;
-        if !state.queue.is_empty() {
+        // Whoever brings the answers that are waited for writes the rest.
+        if !state.queue.is_empty() && !session.gathers::<D>() {
             (state.is_writing, state.needs_thread) = (true, true);
             self.work.notify_one();
         }
@@ -359,7 +372,7 @@ impl<D: Dialect> Link<D> {
     }
 
     /// Makes the connection and writes what is queued, or ends it as not sent.
-    fn connect_or_refuse(&self, failed: Option<Instant>) {
+    fn connect_or_refuse(self: &Arc<Self>, failed: Option<Instant>) {
         let is_too_soon = failed.is_some_and(|failed| failed.elapsed() < BACK_OFF);
         let connected = if is_too_soon { None } else { Some(self.connect()) };
         let mut state = self.state();
@@ -394,7 +407,7 @@ impl<D: Dialect> Link<D> {
         !is_in_use && known.remove(&(self.to, self.lane)).is_some()
     }
 
-    fn connect(&self) -> io::Result<Arc<Session<D::Call>>> {
+    fn connect(self: &Arc<Self>) -> io::Result<Arc<Session<D::Call>>> {
         let stream = call::connect(self.to, LINK_CONNECT_TIMEOUT)?;
         stream.set_read_timeout(Some(LOOK_UP))?;
         stream.set_write_timeout(Some(PROMPT_TIMEOUT))?;
@@ -403,41 +416,40 @@ impl<D: Dialect> Link<D> {
             unanswered: Mutex::default(),
             broken: AtomicBool::new(false),
         });
-        let (reader, inbox, limit) =
-            (Arc::clone(&session), Arc::clone(&self.inbox), self.lane.timeout());
+        let (reader, link) = (Arc::clone(&session), Arc::clone(self));
         threads::start(format!("back {}", self.to), move || {
-            if let Err(error) = read_answers::<D>(&reader, &inbox, limit) {
+            if let Err(error) = link.read_answers(&reader) {
                 tracing::debug!("a link has ended: {error}");
             }
-            reader.end::<D>(&inbox);
+            reader.end::<D>(&link.inbox);
         })?;
         Ok(session)
     }
-}
 
-fn read_answers<D: Dialect>(
-    session: &Session<D::Call>,
-    inbox: &Inbox<D>,
-    limit: Duration,
-) -> io::Result<()> {
-    let mut decoder = Decoder::new();
-    loop {
-        match (&session.stream).read(decoder.space()) {
-            Ok(0) => return Ok(()),
-            Ok(count) => decoder.filled(count),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if call::is_late(&error) => {}
-            Err(error) => return Err(error),
-        }
-        let mut ended = Vec::new();
-        let taken = take_answers::<D>(session, &mut decoder, &mut ended);
-        if !ended.is_empty() {
-            inbox(ended);
-        }
-        taken?;
-        let oldest = session.unanswered().front().map(|(_, since)| *since);
-        if session.broken.load(Ordering::SeqCst) || oldest.is_some_and(|at| at.elapsed() > limit) {
-            return Err(io::Error::other("no answer in time"));
+    fn read_answers(&self, session: &Session<D::Call>) -> io::Result<()> {
+        let (mut decoder, limit) = (Decoder::new(), self.lane.timeout());
+        loop {
+            match (&session.stream).read(decoder.space()) {
+                Ok(0) => return Ok(()),
+                Ok(count) => decoder.filled(count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if call::is_late(&error) => decoder.rest(),
+                Err(error) => return Err(error),
+            }
+            let mut ended = Vec::new();
+            let taken = take_answers::<D>(session, &mut decoder, &mut ended);
+            if !ended.is_empty() {
+                (self.inbox)(ended);
+                if D::GATHERS {
+                    self.flush();
+                }
+            }
+            taken?;
+            let oldest = session.unanswered().front().map(|(_, since)| *since);
+            let is_late = oldest.is_some_and(|since| since.elapsed() > limit);
+            if session.broken.load(Ordering::SeqCst) || is_late {
+                return Err(io::Error::other("no answer in time"));
+            }
         }
     }
 }

@@ -18,6 +18,8 @@ impl Dialect for BetweenNodes {
     type Request = GroupCommand;
     type Answer = Receipt;
 
+    const GATHERS: bool = true;
+
     fn lane(_: &GroupCommand) -> Lane {
         Lane::Prompt
     }

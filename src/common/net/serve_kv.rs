@@ -165,6 +165,9 @@ impl Dialect for BetweenServers {
     type Request = Request;
     type Answer = Answer;
 
+    // A primary gathers entries by itself, and other calls wait for more than a receipt.
+    const GATHERS: bool = false;
+
     fn lane(request: &Request) -> Lane {
         match request {
             Request::Op(op) if op.is_write() => Lane::Patient,

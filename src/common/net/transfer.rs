@@ -2,19 +2,20 @@
 
 use super::files::{Failure, FileClient};
 use super::threads;
-use crate::gfs::messages::{MasterRequest, Status};
+use crate::gfs::messages::{Data, MasterRequest, Status};
 use crate::gfs::{DEFAULT_CHUNK_BYTES, FileName, MAX_PIECE_BYTES};
 use crate::wire::Refusal;
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How many chunks are moved at once.
+/// How many chunks are written, or pieces read, at once.
 const AT_ONCE: usize = 4;
 
 /// Why a file was not moved.
@@ -156,53 +157,85 @@ pub fn get(
 ) -> Result<(), Trouble> {
     let mut part = local.as_os_str().to_owned();
     part.push(format!(".part-{}", std::process::id()));
-    let file = Arc::new(File::create(&part)?);
-    let moved = get_pieces(new, name, length, &file, bar)
-        .and_then(|()| Ok(file.set_len(length).and_then(|()| fs::rename(&part, local))?));
+    let file = File::create(&part)?;
+    let mut at = 0;
+    let moved = read_all(new, name, length, |piece| {
+        file.write_all_at(piece, at)?;
+        at += piece.len() as u64;
+        bar.0.inc(piece.len() as u64);
+        Ok(())
+    })
+    .and_then(|()| Ok(file.set_len(length).and_then(|()| fs::rename(&part, local))?));
     if moved.is_err() {
         let _ = fs::remove_file(&part);
     }
     moved
 }
 
-fn get_pieces(
+/// Reads the first `length` bytes of the file `name`, some pieces ahead, and hands the
+/// pieces to `take` in their order.
+///
+/// # Errors
+/// A [`Trouble`]; `take` may have been given some of them by then.
+pub fn read_all(
     new: &dyn Fn() -> FileClient,
     name: &FileName,
     length: u64,
-    file: &Arc<File>,
-    bar: &Bar,
+    mut take: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<(), Trouble> {
-    let (sender, places) = bounded::<u64>(AT_ONCE);
-    let work = |mut client: FileClient, places: Receiver<u64>| {
-        let (file, name, bar) = (Arc::clone(file), name.clone(), bar.clone());
+    const PIECE: u64 = MAX_PIECE_BYTES as u64;
+    let count = length.div_ceil(PIECE);
+    // Each of the workers reads every so many-th piece.
+    let work = |mut client: FileClient, first: u64, pieces: Sender<Vec<Data>>| {
+        let name = name.clone();
         move || -> Result<(), Trouble> {
-            for begin in places {
-                let (mut at, end) = (begin, length.min(begin + MAX_PIECE_BYTES as u64));
-                while at < end {
-                    let data = client.read(&name, at, (end - at) as usize)?;
-                    if data.is_empty() {
-                        let why = format!("{name} ends at {at}, before its {length} bytes");
-                        return Err(Failure::Nobody(why).into());
-                    }
-                    file.write_all_at(&data, at)?;
-                    at += data.len() as u64;
-                    bar.0.inc(data.len() as u64);
+            for number in (first..count).step_by(AT_ONCE) {
+                let (begin, end) = (number * PIECE, length.min((number + 1) * PIECE));
+                let piece = read_piece(&mut client, &name, begin..end)?;
+                if pieces.send(piece).is_err() {
+                    break;
                 }
             }
             Ok(())
         }
     };
-    let workers: Result<Vec<_>, io::Error> =
-        (0..AT_ONCE).map(|_| threads::start("get", work(new(), places.clone()))).collect();
-    let workers = workers?;
-    drop(places);
-    for at in (0..length).step_by(MAX_PIECE_BYTES) {
-        if sender.send(at).is_err() {
+    let (mut workers, mut lanes) = (Vec::new(), Vec::new());
+    for first in 0..AT_ONCE {
+        let (sender, pieces) = bounded(1);
+        workers.push(threads::start("read", work(new(), first as u64, sender))?);
+        lanes.push(pieces);
+    }
+    let mut taken = Ok(());
+    for lane in (0..count).map(|number| number as usize % AT_ONCE) {
+        // A worker that has ended says why.
+        let Ok(parts) = lanes[lane].recv() else { break };
+        taken = parts.iter().try_for_each(|part| take(part));
+        if taken.is_err() {
             break;
         }
     }
-    drop(sender);
-    finish(workers)
+    drop(lanes);
+    finish(workers)?;
+    Ok(taken?)
+}
+
+/// Reads all that stands in `range`, in as many parts as it comes in.
+fn read_piece(
+    client: &mut FileClient,
+    name: &FileName,
+    range: Range<u64>,
+) -> Result<Vec<Data>, Trouble> {
+    let (mut at, mut parts) = (range.start, Vec::new());
+    while at < range.end {
+        let data = client.read(name, at, (range.end - at) as usize)?;
+        if data.is_empty() {
+            let why = format!("{name} ends at {at}, before its {} bytes", range.end);
+            return Err(Failure::Nobody(why).into());
+        }
+        at += data.len() as u64;
+        parts.push(data);
+    }
+    Ok(parts)
 }
 
 fn finish(workers: Vec<std::thread::JoinHandle<Result<(), Trouble>>>) -> Result<(), Trouble> {

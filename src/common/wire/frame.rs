@@ -40,6 +40,8 @@ pub struct Decoder {
     /// The bytes at `start..end` have come and are not yet taken.
     start: usize,
     end: usize,
+    /// The last message was a long one: the next one may be, too.
+    is_long: bool,
 }
 
 impl Default for Decoder {
@@ -51,16 +53,15 @@ impl Default for Decoder {
 impl Decoder {
     /// A decoder at the beginning of a stream.
     pub fn new() -> Self {
-        Self { buffer: vec![0; QUIET_BUFFER_BYTES], start: 0, end: 0 }
+        Self { buffer: vec![0; QUIET_BUFFER_BYTES], start: 0, end: 0, is_long: false }
     }
 
     /// Where the next bytes from the stream go; never empty.
     pub fn space(&mut self) -> &mut [u8] {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
-            if self.buffer.len() > QUIET_BUFFER_BYTES {
-                // A long message has passed: don't keep its memory for ever.
-                self.buffer = vec![0; QUIET_BUFFER_BYTES];
+            if !self.is_long {
+                self.rest();
             }
         }
         if self.end == self.buffer.len() {
@@ -72,6 +73,14 @@ impl Decoder {
             }
         }
         &mut self.buffer[self.end..]
+    }
+
+    /// Gives back what memory long messages have taken, if nothing is waiting in it: the
+    /// stream is quiet.
+    pub fn rest(&mut self) {
+        if self.start == self.end && self.buffer.len() > QUIET_BUFFER_BYTES {
+            *self = Self::new();
+        }
     }
 
     /// Says that the first `count` bytes of [`Decoder::space`] were filled.
@@ -89,6 +98,7 @@ impl Decoder {
         let Some(length) = self.next_length()? else { return Ok(None) };
         let body = self.start + HEADER_BYTES..self.start + HEADER_BYTES + length;
         self.start = body.end;
+        self.is_long = length > QUIET_BUFFER_BYTES;
         Ok(Some(&self.buffer[body]))
     }
 
@@ -208,12 +218,26 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_a_long_message_is_given_back() {
-        let mut decoder = Decoder::new();
+    fn memory_of_a_long_message_is_given_back_after_a_short_one_or_in_a_quiet_moment() {
         let mut stream = Vec::new();
         append_frame(&mut stream, &"x".repeat(1 << 20)).unwrap();
-        feed(&mut decoder, &stream);
-        assert!(decoder.next_frame().unwrap().is_some());
+        let long = || {
+            let mut decoder = Decoder::new();
+            feed(&mut decoder, &stream);
+            assert!(decoder.next_frame().unwrap().is_some());
+            decoder.space();
+            assert!(decoder.buffer.len() > 1 << 20, "the next one may be as long");
+            decoder
+        };
+        let mut decoder = long();
+        decoder.rest();
+        assert_eq!(decoder.buffer.len(), QUIET_BUFFER_BYTES);
+        let mut decoder = long();
+        let mut short = Vec::new();
+        append_frame(&mut short, &"x").unwrap();
+        feed(&mut decoder, &short);
+        decoder.rest();
+        assert!(decoder.next_frame().unwrap().is_some(), "what waits is kept");
         decoder.space();
         assert_eq!(decoder.buffer.len(), QUIET_BUFFER_BYTES);
     }
