@@ -155,7 +155,8 @@ fn make_copy(tree: &Path, mutants: &[Mutant]) {
         let named = format!("name = \"ringleader\"\nversion = \"{}", env!("CARGO_PKG_VERSION"));
         write_if_changed(&tree.join(copy), &text.replacen(&named, &format!("{named}-mutants"), 1));
     }
-    let mut folders = vec![PathBuf::from("src")];
+    // Nobody builds the benchmarks there, but the manifest names them.
+    let mut folders = vec![PathBuf::from("src"), PathBuf::from("benches")];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(root().join(&folder)).unwrap() {
             let entry = entry.unwrap();

@@ -17,6 +17,7 @@
 //! In memory there is the whole of the log from where it begins, which is what the
 //! library reads ([`raft::Storage`]).
 
+use super::message::Ballot;
 use super::roster::{Roster, RosterChange};
 use super::{GroupId, NodeId, State};
 use crate::store::{Change, Space, Store, StoreError};
@@ -263,6 +264,15 @@ pub fn recover<S: State>(store: &dyn Store) -> Result<Recovered<S>, StoreError> 
     Ok(Recovered { person: Some((person.node, person.group)), log, roster, heard, state, index })
 }
 
+/// The last vote that is in `store`.
+///
+/// # Errors
+/// When it can't be read, or is not what a node wrote.
+pub fn last_ballot(store: &dyn Store) -> Result<Ballot, StoreError> {
+    let Vote { term, vote, .. } = read(store, VOTE)?.unwrap_or_default();
+    Ok(Ballot { term, vote: NodeId(vote) })
+}
+
 fn damaged(what: String) -> StoreError {
     StoreError::Damaged { path: PathBuf::from("the log"), what }
 }
@@ -351,6 +361,14 @@ impl Log {
         }
         let replaced = self.last().0 + 1..=last;
         changes.extend(replaced.map(|index| Change::remove(Space::Log, key(index))));
+    }
+
+    /// Whether a change of the roster is committed up to `commit`, and the disk has not
+    /// been told.
+    pub(super) fn reshapes(&self, commit: u64) -> bool {
+        let told = self.hard.commit.saturating_sub(self.base.0);
+        let news = self.entries.iter().skip(told as usize);
+        news.take_while(|it| it.index <= commit).any(|it| roster_change_in(it).is_some())
     }
 
     /// Keeps term, vote and commit.

@@ -111,6 +111,8 @@ pub struct Member<S: State> {
     term_batch: u64,
     /// The batch by which its disk knows of the last change of the roster.
     roster_batch: u64,
+    /// Where in the log that change is, or a snapshot that holds it.
+    reshaped: u64,
     /// The term, the vote and the commit that its disk does not know yet.
     unkept: Option<HardState>,
     reign: Option<Reign>,
@@ -171,6 +173,7 @@ impl<S: State> Member<S> {
             unstored: VecDeque::new(),
             term_batch: 0,
             roster_batch: 0,
+            reshaped: applied,
             unkept: None,
             reign: None,
             routes: BTreeMap::new(),
@@ -234,10 +237,17 @@ impl<S: State> Member<S> {
         self.roster.seats.iter().map(standing).collect()
     }
 
-    /// Whether this node's disk knows of the last change of the roster that it has
-    /// applied.
+    /// Whether the disks of a majority, this node's among them, know that the last change
+    /// of the roster is committed: of those that are left when any minority is gone, one
+    /// does, and tells the others.
     pub(super) fn has_kept_roster(&self) -> bool {
-        self.unstored.front().is_none_or(|first| first.batch > self.roster_batch)
+        let is_kept = self.unstored.front().is_none_or(|first| first.batch > self.roster_batch);
+        let knows = |node: &NodeId| {
+            let progress = self.raft.raft.prs().get(node.0);
+            *node == self.node || progress.is_some_and(|it| it.committed_index >= self.reshaped)
+        };
+        let all = self.roster.voters().count();
+        is_kept && self.roster.voters().filter(knows).count() * 2 > all
     }
 
     /// Whether a change of the roster is on its way into the log, or may be.
@@ -500,8 +510,7 @@ impl<S: State> Member<S> {
             let sent_later = ready.take_persisted_messages();
             let committed = ready.take_committed_entries();
             let number = ready.number();
-            let reshapes = committed.iter().any(|it| log::roster_change_in(it).is_some());
-            let changes = self.changes_of(&ready, reshapes, effects);
+            let (changes, reshapes) = self.changes_of(&ready, effects);
             let snapshot = Some(ready.snapshot().get_metadata().index).filter(|index| *index > 0);
             let is_new_term = ready.must_sync() && ready.hs().is_some();
             if !changes.is_empty() {
@@ -570,21 +579,16 @@ impl<S: State> Member<S> {
         }
     }
 
-    /// What is to be stored of `ready`; `reshapes` says that a change of the roster is
-    /// committed with it.
-    fn changes_of(
-        &mut self,
-        ready: &Ready,
-        reshapes: bool,
-        effects: &mut Vec<Effect<S>>,
-    ) -> Vec<Change> {
+    /// What is to be stored of `ready`, and whether a change of the roster is committed
+    /// with it.
+    fn changes_of(&mut self, ready: &Ready, effects: &mut Vec<Effect<S>>) -> (Vec<Change>, bool) {
         let mut changes = Vec::new();
         if !ready.snapshot().is_empty()
             && let Some((body, state)) = self.incoming.take()
         {
             let metadata = ready.snapshot().get_metadata();
             let (index, term) = (metadata.index, metadata.term);
-            self.applied = index;
+            (self.applied, self.reshaped) = (index, index);
             self.roster = body.roster.clone();
             self.raft.mut_store().restore((index, term), body, &mut changes);
             effects.push(Effect::Restore { index, state });
@@ -596,13 +600,15 @@ impl<S: State> Member<S> {
         // A commit alone is not worth a sync. But it is kept with the next entries, so that
         // whoever has acknowledged a change of the roster knows that those before it were
         // committed: two rosters that are counted upon differ by one node at most. And
-        // after a change it is kept at once: who begins with an older roster may wait for
-        // nodes whose disks are gone.
+        // after a change it is kept at once, before anybody is told that it is known here:
+        // who begins with an older roster may wait for nodes whose disks are gone.
+        let log = self.raft.store();
+        let reshapes = self.unkept.as_ref().is_some_and(|hard| log.reshapes(hard.commit));
         let is_worth_it = ready.must_sync() || !changes.is_empty() || reshapes;
         if let Some(hard) = self.unkept.take_if(|_| is_worth_it) {
             self.raft.mut_store().keep_vote(&hard, &mut changes);
         }
-        changes
+        (changes, reshapes)
     }
 
     fn store(
@@ -650,6 +656,7 @@ impl<S: State> Member<S> {
         self.applied = entry.index;
         let number = self.number_of(entry.index);
         if let Some(change) = log::roster_change_in(entry) {
+            self.reshaped = entry.index;
             self.apply_roster_change(change, effects);
         } else if let Some((node, address)) = log::moved_in(entry) {
             self.roster.relocate(node, address);

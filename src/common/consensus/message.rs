@@ -37,6 +37,28 @@ pub struct Envelope {
     pub message: Message,
 }
 
+impl Envelope {
+    /// The vote that its sender has given, if it tells of one.
+    pub fn ballot(&self) -> Option<Ballot> {
+        let term = self.message.term;
+        match self.message.kind {
+            // Who asks for votes has given itself the first one.
+            Kind::Vote => Some(Ballot { term, vote: self.from }),
+            Kind::Voted if !self.message.reject => Some(Ballot { term, vote: self.to }),
+            _ => None,
+        }
+    }
+}
+
+/// A vote: one in each term, for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ballot {
+    /// In which term.
+    pub term: u64,
+    /// For whom.
+    pub vote: NodeId,
+}
+
 /// What a process says to an [`Envelope`] that was brought to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "status", rename_all = "snake_case")]

@@ -62,16 +62,19 @@ pub enum Grant {
     Full,
     /// It has a place already, to hold the lock in the other manner.
     OtherManner,
-    /// What this request was granted has been given back or given up since.
+    /// What came of this request has been given back or given up since.
     Gone,
 }
 
 impl Grant {
     /// The same, when the place that came of it is there no more: what is not held must
-    /// not be taken for held.
+    /// not be taken for held, nor a place that others have passed for one in the queue.
     #[must_use]
     pub fn without_place(self) -> Self {
-        if let Self::Granted { .. } = self { Self::Gone } else { self }
+        match self {
+            Self::Granted { .. } | Self::Queued { .. } => Self::Gone,
+            refusal => refusal,
+        }
     }
 }
 

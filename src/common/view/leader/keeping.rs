@@ -236,8 +236,8 @@ pub(super) fn grant_reply(grant: Grant) -> ViewReply {
             "too many locks or too many waiting for this one: try again later",
         )),
         Grant::Gone => ViewReply::Refused(Refusal::unavailable(
-            "this request was granted the lock, which has been given up or given back since: ask \
-             anew",
+            "what came of this request, the lock or a place in its queue, has been given up or \
+             given back since: ask anew",
         )),
         Grant::OtherManner => ViewReply::Refused(Refusal::invalid(
             "it has this lock, or waits for it, in the other manner, shared or alone: release it \
