@@ -13,7 +13,7 @@ const CLIENTS: usize = 8;
 const KEYS: u64 = 100_000;
 
 /// How many bytes a second each server fetches then.
-const SLOW_RATE: &str = "2M";
+const SLOW_RATE: &str = "2000000";
 
 /// More operations than one turn has time for.
 const MANY: u64 = 100_000_000;
