@@ -258,13 +258,13 @@ impl Replica {
             && fellows.all(|(index, fellow)| fellow.aside || pending.acknowledged.has(index))
     }
 
-    /// At the primary: the version up to which every replica that counts knows that
-    /// everything is committed.
+    /// At the primary: the version up to which every replica knows that everything is
+    /// committed. One that is set aside counts, too: it may have something older pending,
+    /// and brings that to the next primary.
     pub fn settled_by_all(&self) -> Version {
         let Some(primary) = &self.primary else { return self.settled };
-        let fellows = self.fellows.iter().enumerate().filter(|(_, fellow)| !fellow.aside);
-        let heard =
-            fellows.map(|(index, _)| primary.heard.get(&index).copied().unwrap_or_default());
+        let heard = (0..self.fellows.len())
+            .map(|fellow| primary.heard.get(&fellow).copied().unwrap_or_default());
         heard.fold(self.watermark(), Version::min)
     }
 
