@@ -37,8 +37,8 @@ pub use clients::{Answered, Silence};
 pub use viewleaders::{MAX_HINTS, not_leader};
 
 use crate::kv::Version;
-use crate::kv::disk::{self, Person, Record};
-use crate::kv::ring::Arc;
+use crate::kv::disk::{self, Person, Record, Seat};
+use crate::kv::ring::{Arc, Point};
 use crate::kv::server::{Batch, CallError, DEFAULT_FETCH_RATE, DEFAULT_LEASE, Server, Settings};
 use crate::machine::Time;
 use crate::sim::chance::Chance;
@@ -46,7 +46,7 @@ use crate::sim::disk::Disk;
 use crate::sim::names::Names;
 use crate::sim::network::{Lane, Network, Parcel, Party, Rpc};
 use crate::sim::trace::{About, Trace};
-use crate::view::View;
+use crate::view::{Revision, View};
 use crate::wire::Identity;
 use clients::ClientCall;
 use rand::SeedableRng;
@@ -425,6 +425,18 @@ impl Cluster {
     pub fn stored_version(&self, disk: usize, key: &str) -> Option<Version> {
         let read = disk::read_version(self.disks[disk].store(), key);
         read.expect("a disk that servers have written")
+    }
+
+    /// The version of the key that is on the disk, if whoever starts over it in the seat
+    /// that it has since then takes it for committed.
+    pub fn sealed_version(&self, disk: usize, key: &str, since: Revision) -> Option<Version> {
+        let version = self.stored_version(disk, key)?;
+        let point = Point::of(key);
+        let is_sealed = |seat: &Seat| {
+            let is_it = seat.complete && seat.since == since && seat.arc().contains(point);
+            is_it && version <= seat.committed
+        };
+        self.stored(disk).seats.iter().any(is_sealed).then_some(version)
     }
 
     /// Whether the disk is synced only now and then.

@@ -362,6 +362,14 @@ impl Cluster {
     }
 
     fn send_envelope(&mut self, me: Party, to: SocketAddrV4, envelope: Envelope) {
+        if let Some(ballot) = envelope.ballot() {
+            let known = log::last_ballot(self.disk_mut(me).store());
+            let known = known.expect("a disk that a viewleader has written");
+            if known != ballot && known.term <= ballot.term {
+                let name = self.name(me);
+                self.broken.push(format!("{name} tells of {ballot:?}, and its disk of {known:?}"));
+            }
+        }
         let purpose = Purpose::Message(envelope.to);
         let words = if self.trace.is_on { words_of(&envelope) } else { String::new() };
         let request = GroupRequest::Message(envelope);

@@ -3,8 +3,8 @@
 //! The protocol's invariant (PacificA's) is
 //! committed(secondary) ⊆ committed(primary) ⊆ prepared(every replica). Seen from
 //! outside: whatever a client was told, and whatever any replica of the group takes
-//! for committed, is on the disk of every replica that the viewleader counts as
-//! ready, in that version or in a newer one; in the version of a dead one, too, as
+//! for committed, or would if it started again over its disk, is on the disk of every
+//! replica that the viewleader counts as ready, in that version or in a newer one; in the version of a dead one, too, as
 //! long as the viewleader counts on it. A deletion may be forgotten: of a key that was
 //! ever to be deleted, only an older version is too little.
 
@@ -66,6 +66,13 @@ impl Copies {
             if committed > needed {
                 needed = committed;
                 why = format!("{} takes it for committed", cluster.names.of(&seat.id));
+            }
+            let disk = cluster.disk(server);
+            if cluster.stored_version(disk, key) > needed
+                && let Some(sealed) = cluster.sealed_version(disk, key, seat.since)
+            {
+                needed = Some(sealed);
+                why = format!("{} would after a restart", cluster.names.of(&seat.id));
             }
         }
         let lacks = |id: &&Identity| {

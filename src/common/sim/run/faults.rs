@@ -13,6 +13,7 @@ use council::Council;
 use rand::RngExt;
 use rand::rngs::StdRng;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::Duration;
 
 /// Whoever was away has renewed its lease after so long, or has lost it.
@@ -22,10 +23,26 @@ const SHAKY: Duration = Duration::from_secs(3);
 const QUIET: Duration = Duration::from_secs(6);
 
 /// How long a fault lasts, in milliseconds: up to more than two leases.
-const SPAN_MS: std::ops::Range<u64> = 50..10_000;
+const SPAN_MS: Range<u64> = 50..10_000;
 
 /// About when the lease of a server runs out that was well until now.
-const ABOUT_A_LEASE_MS: std::ops::Range<u64> = 2900..4200;
+const ABOUT_A_LEASE_MS: Range<u64> = 2900..4200;
+
+/// How soon a fault follows that was waiting for what has just happened, in milliseconds.
+const SOON_MS: Range<u64> = 5..60;
+
+/// How soon somebody sees to a full disk, in milliseconds.
+const SEEN_TO_MS: Range<u64> = 300..2000;
+
+/// For how long somebody sleeps at a time who dozes, in milliseconds: shorter than servers
+/// wait for an answer to a heartbeat.
+const NAP_MS: Range<u64> = 200..700;
+
+/// For how long it is awake then, in milliseconds: for a few ticks of its own.
+const AWAKE_MS: Range<u64> = 20..120;
+
+/// For how long it dozes in all, in milliseconds: longer than an election and a lease.
+const DOZE_MS: Range<u64> = 6000..12_000;
 
 /// What can go wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,6 +87,10 @@ pub enum Fault {
     CutViewleader,
     /// A viewleader can't reach the others, and everybody else can reach it.
     CutFromFellows,
+    /// A viewleader is cut off from the others with some of the servers and clients, and
+    /// sleeps, and is awake for a moment again and again: so it takes long to find out that
+    /// another one was elected.
+    DozeApart,
     /// A client can reach nobody.
     CutClient,
     /// A server is added.
@@ -86,7 +107,8 @@ pub enum Fault {
     EndViewleader,
     /// A viewleader stands still for a while.
     PauseViewleader,
-    /// A viewleader is lost with its disk, and replaced.
+    /// A viewleader is lost with its disk, and replaced; when that is done, it may be
+    /// that all of them lose their power and one its disk.
     LoseViewleader,
     /// A viewleader is added.
     AddViewleader,
@@ -96,7 +118,7 @@ pub enum Fault {
 
 impl Fault {
     /// Each of them.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Kill,
         Self::KillSeveral,
         Self::KillAll,
@@ -116,6 +138,7 @@ impl Fault {
         Self::SplitMajority,
         Self::CutViewleader,
         Self::CutFromFellows,
+        Self::DozeApart,
         Self::CutClient,
         Self::Join,
         Self::JoinSeveral,
@@ -145,6 +168,7 @@ impl Fault {
         matches!(
             self,
             Self::CutFromFellows
+                | Self::DozeApart
                 | Self::KillViewleaders
                 | Self::EndViewleader
                 | Self::LoseViewleader
@@ -163,6 +187,11 @@ enum Trouble {
         copy: Option<usize>,
     },
     Paused,
+    /// Asleep, or awake for a moment, and both again and again until then.
+    Dozing {
+        is_awake: bool,
+        until: Time,
+    },
     Full,
     Stalled,
 }
@@ -172,6 +201,8 @@ enum Trouble {
 pub(super) struct Troubles {
     /// When a fault happens, the next one last.
     plan: Vec<Time>,
+    /// What follows from something that has happened: when, and to which server.
+    sequels: Vec<(Time, Fault, usize)>,
     /// Who is in trouble, and until when. A server by its last life.
     parties: BTreeMap<Party, (Trouble, Time)>,
     walls: Vec<(Wall, Time)>,
@@ -203,6 +234,7 @@ impl Troubles {
         Self {
             due: plan.last().copied().unwrap_or(NEVER),
             plan,
+            sequels: Vec::new(),
             parties: BTreeMap::new(),
             walls: Vec::new(),
             shaky: BTreeMap::new(),
@@ -223,7 +255,8 @@ impl Troubles {
     fn note_due(&mut self) {
         let parties = self.parties.values().map(|(_, until)| *until);
         let walls = self.walls.iter().map(|(_, until)| *until);
-        let ends = parties.chain(walls).chain(self.plan.last().copied());
+        let sequels = self.sequels.iter().map(|(time, ..)| *time);
+        let ends = parties.chain(walls).chain(sequels).chain(self.plan.last().copied());
         self.due = ends.min().unwrap_or(NEVER);
     }
 }
@@ -232,17 +265,55 @@ impl Run {
     /// Undoes what is over, and does what is next.
     pub(super) fn meddle(&mut self) {
         self.undo(false);
-        while self.troubles.plan.last().is_some_and(|time| *time <= self.cluster.now()) {
+        let now = self.cluster.now();
+        while let Some(at) = self.troubles.sequels.iter().position(|(time, ..)| *time <= now) {
+            let (_, fault, victim) = self.troubles.sequels.swap_remove(at);
+            if self.cluster.is_alive(victim) {
+                self.harm(fault, victim);
+            }
+        }
+        while self.troubles.plan.last().is_some_and(|time| *time <= now) {
             self.troubles.plan.pop();
             self.do_harm();
         }
         self.troubles.note_due();
     }
 
+    /// This fault follows, if it is of the kinds that this run has and there is time.
+    fn is_followed_by(&mut self, fault: Fault, victim: usize, after_ms: Range<u64>) {
+        let after = Duration::from_millis(self.rng.random_range(after_ms));
+        let time = self.cluster.now() + after;
+        let is_in_time = time < Time::default() + self.options.busy;
+        if self.options.kinds.contains(&fault) && is_in_time && self.rng.random_bool(0.5) {
+            self.troubles.sequels.push((time, fault, victim));
+            self.troubles.note_due();
+        }
+    }
+
+    /// There is a new view. When somebody has left it, arcs become one before long, in
+    /// which something is pending if a disk stores nothing meanwhile; and when they have,
+    /// those that start again then go by what they have just written down.
+    pub(super) fn follow_view(&mut self) {
+        let (view, alive) = (self.cluster.view(), self.alive());
+        let now = (view.members.len(), view.groups.len());
+        let before = std::mem::replace(&mut self.counted, now);
+        if alive.is_empty() {
+            return;
+        }
+        let victim = alive[self.rng.random_range(0..alive.len())];
+        if now.0 < before.0 {
+            self.is_followed_by(Fault::Stall, victim, SOON_MS);
+        }
+        if now.1 < before.1 {
+            self.is_followed_by(Fault::KillSeveral, victim, SOON_MS);
+        }
+    }
+
     /// Nothing is wrong any more, and everybody is there.
     pub(super) fn heal(&mut self) -> Judgement {
         self.say(|_| "everything heals".to_owned());
         self.troubles.plan.clear();
+        self.troubles.sequels.clear();
         self.cluster.mend_disks();
         self.undo(true);
         self.troubles.note_due();
@@ -388,21 +459,24 @@ impl Run {
 
     fn do_harm(&mut self) {
         let alive = self.alive();
-        if self.cluster.now() < self.troubles.quiet_until || alive.is_empty() {
+        if alive.is_empty() {
             return;
         }
         let fault = self.draw_fault();
         let mut victim = alive[self.rng.random_range(0..alive.len())];
         // To drain a server whose disk is full is what an operator does.
-        let is_full = |at: &&usize| {
-            let trouble = self.troubles.parties.get(&server(**at));
-            trouble.is_some_and(|(trouble, _)| *trouble == Trouble::Full)
-        };
         if fault == Fault::Drain
-            && let Some(full) = alive.iter().find(is_full)
+            && let Some(full) = alive.iter().find(|at| self.is_full(**at))
             && self.rng.random_bool(0.7)
         {
             victim = *full;
+        }
+        self.harm(fault, victim);
+    }
+
+    fn harm(&mut self, fault: Fault, victim: usize) {
+        if self.cluster.now() < self.troubles.quiet_until {
+            return;
         }
         let span = self.span();
         let done = self.is_possible(fault, victim);
@@ -414,6 +488,11 @@ impl Run {
             self.inflict(fault, victim, span);
             *self.tally.faults.entry(fault).or_default() += 1;
         }
+    }
+
+    fn is_full(&self, at: usize) -> bool {
+        let trouble = self.troubles.parties.get(&server(at));
+        trouble.is_some_and(|(trouble, _)| *trouble == Trouble::Full)
     }
 
     fn is_possible(&self, fault: Fault, victim: usize) -> bool {
@@ -472,6 +551,7 @@ impl Run {
             Fault::Fill => {
                 self.cluster.fill_disk(victim);
                 self.is_in_trouble_for(party, Trouble::Full, span);
+                self.is_followed_by(Fault::Drain, victim, SEEN_TO_MS);
             }
             Fault::Stall => {
                 let other = self.pick_viewleader().filter(|_| self.rng.random_bool(0.3));
@@ -489,7 +569,13 @@ impl Run {
                     self.join();
                 }
             }
-            Fault::Drain => self.cluster.drain(victim),
+            Fault::Drain => {
+                self.cluster.drain(victim);
+                // It may not hear that the others go on without it.
+                if self.is_full(victim) && self.rng.random_bool(0.5) {
+                    self.raise_wall(Fault::CutFromViewleader, party, span);
+                }
+            }
             Fault::Cut
             | Fault::CutOneWay
             | Fault::CutFromViewleader
@@ -502,6 +588,7 @@ impl Run {
             | Fault::KillViewleaders
             | Fault::EndViewleader
             | Fault::PauseViewleader
+            | Fault::DozeApart
             | Fault::LoseViewleader
             | Fault::AddViewleader
             | Fault::RemoveViewleader => self.harm_viewleaders(fault, span),
@@ -574,9 +661,10 @@ impl Run {
                 .copied()
                 .into_iter()
                 .collect(),
-            Fault::Split | Fault::SplitMajority => {
-                let most = if fault == Fault::Split { 0.5 } else { 0.8 };
+            Fault::Split | Fault::SplitMajority | Fault::DozeApart => {
+                let most = if fault == Fault::SplitMajority { 0.8 } else { 0.5 };
                 let is_in = |of: &Party, rng: &mut StdRng| match of {
+                    _ if *of == party => true,
                     Party::Viewleader(_) => fault == Fault::Split && rng.random_bool(0.5),
                     Party::Server(_) => rng.random_bool(most),
                     Party::Client(_) => rng.random_bool(0.5),
@@ -653,11 +741,29 @@ impl Run {
                     self.start_again(index, trouble);
                 }
                 (Trouble::Paused, _) => self.cluster.resume(party),
+                (Trouble::Dozing { is_awake: true, until }, _) if !all && now < until => {
+                    self.doze(party, until);
+                }
+                (Trouble::Dozing { until, .. }, _) => {
+                    self.cluster.resume(party);
+                    let awake = Duration::from_millis(self.rng.random_range(AWAKE_MS));
+                    if !all && now < until {
+                        let trouble = Trouble::Dozing { is_awake: true, until };
+                        self.is_in_trouble_for(party, trouble, awake);
+                    }
+                }
                 (Trouble::Full, Party::Server(index)) => self.cluster.clear_disk(index),
                 (Trouble::Stalled, _) => self.cluster.release_disk(party),
                 _ => {}
             }
         }
+    }
+
+    /// The party falls asleep, to be awake for moments until then.
+    fn doze(&mut self, party: Party, until: Time) {
+        let nap = Duration::from_millis(self.rng.random_range(NAP_MS));
+        self.cluster.pause(party);
+        self.is_in_trouble_for(party, Trouble::Dozing { is_awake: false, until }, nap);
     }
 
     /// Everything goes down at the same moment, and comes back bit by bit.

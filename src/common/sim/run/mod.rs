@@ -149,6 +149,8 @@ struct Run {
     locks: Locks,
     /// The revision at which copies were looked at last.
     looked: Revision,
+    /// How many servers and arcs there were then.
+    counted: (usize, usize),
     tally: Tally,
     /// The trace, if anybody wants to read it, and how many lines of it are kept.
     lines: VecDeque<String>,
@@ -260,6 +262,7 @@ impl Run {
             copies: Copies::default(),
             locks: Locks::default(),
             looked: Revision(0),
+            counted: (0, 0),
             tally: Tally::default(),
             lines: VecDeque::new(),
             kept_lines: lines,
@@ -326,6 +329,7 @@ impl Run {
         }
         if self.cluster.view().revision != self.looked {
             self.looked = self.cluster.view().revision;
+            self.follow_view();
             for key in &self.keys {
                 if let Err(what) = self.copies.look(&self.cluster, key) {
                     return self.fails("copies", what);

@@ -3,12 +3,14 @@
 //! Most ask as our client does: their requests have numbers, they may share, wait, and
 //! have a time to live, which they count by their own clock from when they sent their
 //! last sign of life. While they hold the lock they write one key under its token, keep
-//! the lock alive, and sleep, often for longer than their time. Some are *heedless*: they
-//! go on writing when their time is over. Others ask as the original's client does. Those
-//! that have a time to live may die at any moment.
+//! the lock alive, and sleep, often for longer than their time, or until right before it
+//! is over. Some are *heedless*: they go on writing when their time is over. Some wake
+//! without knowing that they hold anything, and ask again, with the number that they have
+//! asked with or with another one. Others ask as the original's client does. Those that
+//! have a time to live may die at any moment.
 
 use super::super::{Judgement, NEVER, Run};
-use super::{Job, State, Task};
+use super::{Job, State, Step, Task};
 use crate::kv::Text;
 use crate::machine::Time;
 use crate::sim::linearizability::Call;
@@ -34,6 +36,9 @@ const TTL_MS: std::ops::Range<u64> = 300..4000;
 /// A holder with a time to live gives so many signs of life in it.
 const SIGNS: u32 = 4;
 
+/// How long before the end of its time somebody wakes at the last moment, in milliseconds.
+const LAST_MOMENT_MS: std::ops::Range<u64> = 1..50;
+
 /// A wish for a lock, from when somebody first asks until it has left.
 #[derive(Clone, Debug)]
 pub(super) struct Wish {
@@ -44,7 +49,7 @@ pub(super) struct Wish {
     requestor: String,
     manner: Manner,
     wait_ms: Option<u64>,
-    /// What its first request is numbered, if they are.
+    /// What its request is numbered, if they are.
     pub(super) request: Option<u64>,
     /// The number of the request that gives it back.
     release: Option<u64>,
@@ -111,7 +116,9 @@ impl Run {
             who,
             requestor: format!("{client}.{deaths}"),
             manner: Manner { shared: rng.random_bool(0.3), ttl_ms },
-            wait_ms: rng.random_bool(0.8).then(|| rng.random_range(100..2000)),
+            // Whoever asks only now and then would lose its place each time.
+            wait_ms: (ttl_ms.is_some() || rng.random_bool(0.8))
+                .then(|| rng.random_range(100..2000)),
             request: Some(rng.random()),
             release: Some(rng.random()),
         }
@@ -144,6 +151,12 @@ impl Run {
             self.then(client, Duration::ZERO, Job::Unlock { wish, late });
             return Ok(());
         }
+        // To ask again and again is to ask anew: this is the number that was granted.
+        let request = match &task.step {
+            Step::Asking { walk, .. } => walk.number(),
+            _ => wish.request,
+        };
+        let wish = Wish { request, ..wish };
         self.tally.granted += 1;
         let token = Token(reply["token"].as_u64().unwrap_or_default());
         let (now, ttl_ms) = (self.cluster.now(), wish.manner.ttl_ms);
@@ -184,14 +197,8 @@ impl Run {
             self.clients.all[client].state = pause;
             return Ok(());
         }
-        if self.rng.random_bool(0.1) {
-            let longest = ttl_ms.unwrap_or(HOLDS_MS) * 3;
-            let span = Duration::from_millis(self.rng.random_range(0..longest));
-            // Whoever sleeps does not know that it is to give something back.
-            if let Some(held) = &mut self.clients.all[client].held {
-                held.ends = held.ends.max(now + span + Duration::from_millis(1));
-            }
-            self.then(client, span, Job::Hold);
+        if self.rng.random_bool(0.15) {
+            self.sleep(client, held);
             return Ok(());
         }
         if now >= held.keep_at && now < held.until {
@@ -208,6 +215,28 @@ impl Run {
         let (lock, token) = (Text::from(&*held.wish.lock), held.token);
         let value = self.value(client);
         self.begin(client, Job::Ask { key, call: Call::WriteUnder { lock, token, value } })
+    }
+
+    /// Somebody who holds a lock sleeps. It may wake without knowing that it holds it.
+    fn sleep(&mut self, client: usize, mut held: Holding) {
+        let (now, ttl_ms) = (self.cluster.now(), held.wish.manner.ttl_ms);
+        let mut span = self.rng.random_range(0..ttl_ms.unwrap_or(HOLDS_MS) * 3);
+        if ttl_ms.is_some() && self.rng.random_bool(0.3) {
+            let left = held.until.since(now).as_millis() as u64;
+            span = left.saturating_sub(self.rng.random_range(LAST_MOMENT_MS));
+        }
+        let span = Duration::from_millis(span);
+        if held.wish.request.is_some() && self.rng.random_bool(0.3) {
+            let wish = held.wish;
+            let request = wish.request.filter(|_| self.rng.random_bool(0.5));
+            let request = request.or_else(|| Some(self.rng.random()));
+            self.clients.all[client].held = None;
+            return self.then(client, span, Job::Lock(Wish { request, ..wish }));
+        }
+        // What it was to do it does later: it does not know that time has passed.
+        held.ends = held.ends + span;
+        self.clients.all[client].held = Some(held);
+        self.then(client, span, Job::Hold);
     }
 
     pub(super) fn keep_concluded(

@@ -229,6 +229,11 @@ impl Run {
 }
 
 impl Walk {
+    /// The number of the request that is asked, if it has one.
+    pub(super) fn number(&self) -> Option<u64> {
+        serde_json::from_str::<Value>(&self.question).ok()?["request"].as_u64()
+    }
+
     /// What the walk has come to with this.
     fn take(&mut self, answered: Answered, now: Time) -> Walked {
         match answered {

@@ -285,6 +285,9 @@ impl Run {
                 let pause = if late { LATEST } else { Duration::ZERO };
                 let next = if then.is_some() { self.cluster.now() + pause } else { NEVER };
                 self.clients.all[client].state = State::Idle { next, then };
+                if !late {
+                    self.put_new_group_to_the_test();
+                }
                 Ok(())
             }
             Job::Ask { key, call } => {

@@ -5,7 +5,8 @@
 //! others are members and no change is under way; then whoever sits there is replaced,
 //! with or without being removed first.
 
-use super::{Fault, Run, Trouble};
+use super::{DOZE_MS, Fault, Run, Trouble};
+use crate::machine::Time;
 use crate::sim::network::Party;
 use rand::RngExt;
 use std::collections::BTreeMap;
@@ -122,15 +123,12 @@ impl Run {
                 self.cluster.pause(party);
                 self.is_in_trouble_for(party, Trouble::Paused, span);
             }
-            Fault::LoseViewleader => {
-                self.cluster.erase_viewleader(site);
-                self.is_in_trouble_for(party, Trouble::Down, span / 2);
-                self.troubles.council.seats.insert(site, Seat::Coming);
-                if self.rng.random_bool(0.5) {
-                    self.wish_for_viewleader(site, false);
-                }
-                self.wish_for_viewleader(site, true);
+            Fault::DozeApart => {
+                let all = Duration::from_millis(self.rng.random_range(DOZE_MS));
+                self.raise_wall(fault, party, all);
+                self.doze(party, self.cluster.now() + all);
             }
+            Fault::LoseViewleader => self.lose_viewleader(site, span / 2),
             Fault::RemoveViewleader => {
                 self.troubles.council.seats.insert(site, Seat::Going);
                 self.wish_for_viewleader(site, false);
@@ -140,6 +138,40 @@ impl Run {
                 self.is_in_trouble_for(party, Trouble::Down, span / 2);
             }
         }
+    }
+
+    /// The disk of the viewleader at `site` is lost. Another one comes there after `span`,
+    /// and is let in.
+    fn lose_viewleader(&mut self, site: usize, span: Duration) {
+        self.cluster.erase_viewleader(site);
+        self.is_in_trouble_for(Party::Viewleader(site), Trouble::Down, span);
+        self.troubles.council.seats.insert(site, Seat::Coming);
+        if self.rng.random_bool(0.5) {
+            self.wish_for_viewleader(site, false);
+        }
+        self.wish_for_viewleader(site, true);
+    }
+
+    /// The operator was told that what it wished is done, and may count on it: all
+    /// viewleaders lose their power, and one that is not needed for a majority its disk.
+    pub(in crate::sim::run) fn put_new_group_to_the_test(&mut self) {
+        let council = &self.troubles.council;
+        let members: Vec<usize> = council.members().collect();
+        let is_in_time = self.cluster.now() < Time::default() + self.options.busy;
+        let may_be = self.options.kinds.contains(&Fault::LoseViewleader) && is_in_time;
+        if !may_be || council.is_changing() || members.len() < 3 || self.rng.random_bool(0.5) {
+            return;
+        }
+        self.say(|_| "the viewleaders lose their power, and one its disk".to_owned());
+        for site in self.sites_in_use() {
+            let span = self.span() / 2;
+            self.cluster.kill(Party::Viewleader(site));
+            self.is_in_trouble_for(Party::Viewleader(site), Trouble::Down, span);
+        }
+        let lost = members[self.rng.random_range(0..members.len())];
+        let span = self.span() / 2;
+        self.lose_viewleader(lost, span);
+        self.troubles.note_due();
     }
 
     fn add_viewleader(&mut self) {
