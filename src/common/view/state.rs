@@ -32,7 +32,8 @@
 //!
 //! A group whose last ready replicas fail is *lost*. It is kept, without a
 //! primary, so that its arc is refused rather than served empty; when a server
-//! joins over the disk of one of those replicas, it leads the group.
+//! joins over the disk of one of those replicas, it leads the group, once whoever had
+//! been set aside in it follows.
 
 mod restoring;
 
@@ -460,7 +461,7 @@ impl State {
             if group.held_by.iter().any(wrote_it) {
                 touch(group, revision);
                 group.primary = Some(id.clone());
-                group.replicas = vec![Seat::new(id.clone(), group.version)];
+                group.replicas.insert(0, Seat::new(id.clone(), group.version));
                 group.ready = vec![id.clone()];
                 group.held_by.clear();
             }
@@ -487,9 +488,14 @@ impl State {
             .collect();
         group.replicas.retain(|seat| !is_gone(&seat.id));
         group.ready.retain(|id| !is_gone(id));
+        if group.is_lost() {
+            return;
+        }
         if group.ready.is_empty() {
             group.primary = None;
-            group.replicas.clear();
+            // One set aside may not know yet that it leads no more: it has to follow whoever
+            // leads next.
+            group.replicas.retain(|seat| seat.aside);
             group.held_by = holders;
         } else if group.primary.as_ref().is_some_and(is_gone) {
             promote(group, &target);
