@@ -107,7 +107,8 @@ pub struct Member<S: State> {
     snapshot_every: u64,
     last_batch: u64,
     unstored: VecDeque<Unstored>,
-    /// Nothing is sent before this batch is durable: it holds a new term.
+    /// Nothing is sent before this batch is durable: it holds a new term, or that a change
+    /// of the roster is committed.
     term_batch: u64,
     /// The batch by which its disk knows of the last change of the roster.
     roster_batch: u64,
@@ -518,7 +519,9 @@ impl<S: State> Member<S> {
                 if reshapes {
                     self.roster_batch = batch;
                 }
-                if is_new_term {
+                // Who hears that it is out votes no more: this node must not begin again
+                // with a roster on which it waits for that one.
+                if is_new_term || reshapes {
                     self.term_batch = batch;
                 }
             }

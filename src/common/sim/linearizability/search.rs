@@ -8,7 +8,7 @@
 //! constant time. Configurations that were tried are remembered, for they lead to
 //! nothing a second time either.
 //!
-//! Five rules keep it short and lose no order:
+//! Six rules keep it short and lose no order:
 //!
 //! * A read that can be next, and tells nothing new about the version, is taken at
 //!   once, and nothing else is tried in its place: an order in which it comes later
@@ -17,6 +17,8 @@
 //!   ones.
 //! * A value is not replaced while it has still to be read, and nobody is left who
 //!   could write it again.
+//! * A value that has still to be shown at so many versions has to be written as often:
+//!   what is left of its writes is not spent on anything else.
 //! * An operation with unknown outcome is taken only if it makes an answer possible
 //!   that was not: if the next one in an order gets its answer without it, it can
 //!   be left out, or moved behind the next.
@@ -116,6 +118,8 @@ struct Search {
     readers: Vec<usize>,
     /// For each value, how many may still write it.
     writers: Vec<usize>,
+    /// For each value, the versions at which it is shown, in order.
+    shown_at: Vec<Vec<Version>>,
     state: State,
     /// Configurations that were tried: the bits from a word on, the open ones, the state.
     tried: BTreeSet<(usize, Vec<u64>, Vec<usize>, State)>,
@@ -206,6 +210,14 @@ impl Search {
         let last = marks.len().wrapping_sub(1);
         let open: Vec<Open> = open.collect();
         let (mut readers, mut writers) = (vec![0; values.count()], vec![0; values.count()]);
+        let mut shown_at = vec![Vec::new(); values.count()];
+        for &(version, operation) in &versions {
+            let effect = &certain[operation].effect;
+            if let Some(value) = effect.shown().or(effect.written()) {
+                shown_at[value].push(version);
+            }
+        }
+        shown_at.iter_mut().for_each(Vec::dedup);
         for effect in certain.iter().map(|c| &c.effect).chain(open.iter().map(|o| &o.effect)) {
             effect.shown().into_iter().for_each(|value| readers[value] += 1);
             effect.written().into_iter().for_each(|value| writers[value] += 1);
@@ -213,6 +225,7 @@ impl Search {
         Self {
             readers,
             writers,
+            shown_at,
             open,
             end_of,
             following: (0..marks.len()).map(|i| if i == last { NONE } else { i + 1 }).collect(),
@@ -290,13 +303,22 @@ impl Search {
         self.state_after(state, effect)
     }
 
-    /// The register after this, unless what it holds has still to be read.
+    /// The register after this, unless a value is then missing that has still to be shown.
     fn state_after(&self, state: &State, effect: &Effect) -> Option<State> {
-        let needed = |value: Value| self.readers[value] > 0 && self.writers[value] == 0;
-        if !effect.is_read() && state.value.is_some_and(needed) {
-            return None;
+        let after = state.after(effect)?;
+        if effect.is_read() {
+            return Some(after);
         }
-        state.after(effect)
+        let lacks = |value: Value| {
+            let writes = self.writers[value] - usize::from(effect.written() == Some(value));
+            let may_show = usize::from(after.value == Some(value) && after.version.is_none());
+            let versions = &self.shown_at[value];
+            let past = versions.partition_point(|version| *version <= after.floor);
+            versions.len() - past > writes + may_show
+        };
+        let needed = |value: Value| self.readers[value] > 0 && self.writers[value] == 0;
+        let lost = state.value.is_some_and(|value| needed(value) || lacks(value));
+        (!lost && !effect.written().is_some_and(lacks)).then_some(after)
     }
 
     /// The register after this open operation, if that makes possible what was not.

@@ -359,6 +359,25 @@ mod registers {
         fine(&[wrote, delete(2, 20), read(3, 30).ended(40, found("a", 1))]);
     }
 
+    /// As of an original client whose commits take effect up to three times: each value is
+    /// written once, and perhaps twice more, and shown at three versions between others.
+    #[test]
+    fn a_value_that_is_shown_at_three_versions_is_found_to_be_written_three_times_at_once() {
+        const VALUES: u64 = 30;
+        let mut history = Vec::new();
+        for value in 0..VALUES {
+            let name = format!("v{value}");
+            history.push(write(value, &name, 0).ended(1_000, UNVERSIONED));
+            history.extend([write(value, &name, 0), write(value, &name, 0)]);
+            for round in 0..3 {
+                let number = round * VALUES + value + 1;
+                history.push(read(99, 10 * number).ended(10 * number + 5, found(&name, number)));
+            }
+        }
+        let verdict = check(&history, 10 * history.len() as u64);
+        assert!(verdict.is_fine(), "{verdict}");
+    }
+
     fn under(client: u64, token: u64, value: &str, began: u64) -> Operation {
         let (lock, token) = ("l".into(), Token(token));
         Operation::new(client, "k", Call::WriteUnder { lock, token, value: value.into() }, began)

@@ -75,19 +75,21 @@ impl Copies {
                 why = format!("{} would after a restart", cluster.names.of(&seat.id));
             }
         }
+        // Whoever has been let in again says that its disk is whole, be it a copy.
+        let disk_of = |id: &Identity| match cluster.server_of(id) {
+            Some(server) if cluster.is_leased(server) => Some(cluster.disk(server)),
+            _ => cluster.disk_of(id).filter(|_| self.is_whole(id)),
+        };
         let lacks = |id: &&Identity| {
-            // Whoever goes on under its identity says that its disk is whole.
-            let counts = self.is_whole(id) || cluster.server_of(id).is_some();
-            let disk = cluster.disk_of(id).filter(|_| counts);
             let may_be_gone = self.deleted.contains(key);
-            disk.is_some_and(|disk| match cluster.stored_version(disk, key) {
+            disk_of(id).is_some_and(|disk| match cluster.stored_version(disk, key) {
                 None => needed.is_some() && !may_be_gone,
                 stored => stored < needed,
             })
         };
         match (needed, group.ready.iter().find(lacks)) {
             (Some(needed), Some(id)) => {
-                let has = cluster.disk_of(id).and_then(|disk| cluster.stored_version(disk, key));
+                let has = disk_of(id).and_then(|disk| cluster.stored_version(disk, key));
                 let has = has.map_or("nothing".to_owned(), |version| version.to_string());
                 Err(format!(
                     "{} is ready for {key} and has {has} on its disk; {why} of {needed}",
