@@ -69,7 +69,7 @@ struct Flags {
 
 type Group = (&'static str, fn(&Effort) -> io::Result<Vec<Figure>>);
 
-const GROUPS: [Group; 15] = [
+const GROUPS: [Group; 16] = [
     ("reads", rows::kv::reads_of_one),
     ("shape", rows::kv::shape),
     ("etcd", rows::kv::against_etcd),
@@ -77,6 +77,7 @@ const GROUPS: [Group; 15] = [
     ("locks", rows::locks::against_etcd),
     ("moving", rows::moving::clients),
     ("growth", rows::moving::growth),
+    ("sizes", rows::sizes::all),
     ("kill", rows::failing::kill),
     ("recovery", rows::failing::recovery),
     ("idle", rows::failing::idle),

@@ -196,6 +196,16 @@ impl Connection {
         serde_json::from_slice(body).map_err(io::Error::other)
     }
 
+    /// Sends a frame that was made before, and makes sure that it is not refused.
+    pub(crate) fn exchange(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.stream.write_all(frame)?;
+        let body = self.reply()?;
+        if !body.starts_with(br#"{"error""#) {
+            return Ok(());
+        }
+        Err(io::Error::other(String::from_utf8_lossy(body).into_owned()))
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.stream.write_all(&self.out)?;
         self.out.clear();

@@ -9,12 +9,12 @@ use ringleader::gfs::FileName;
 use ringleader::gfs::messages::{MasterRequest, Status};
 use ringleader::net::files::FileClient;
 use ringleader::net::transfer::{self, Bar};
-use ringleader::wire::HostPort;
+use ringleader::wire::{HostPort, append_frame};
 use serde_json::json;
 use std::fmt::Debug;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -348,24 +348,21 @@ pub(crate) fn against_moosefs(effort: &Effort) -> io::Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// Somebody who asks the master.
+/// Somebody who asks the master: the same thing each time, or for a new file.
 struct Asker {
     connection: Connection,
-    client: usize,
-    creates: bool,
+    frame: Vec<u8>,
+    creates: Option<usize>,
 }
 
 impl Client for Asker {
     fn call(&mut self, number: u64, _: usize) -> io::Result<()> {
-        let request = match self.creates {
-            true => json!({"cmd": "create", "name": format!("new/{}/{number}", self.client)}),
-            false => json!({"cmd": "locate", "name": "looked/at", "index": 0}),
-        };
-        let answer = self.connection.ask(&request)?;
-        match answer["error"].is_null() {
-            true => Ok(()),
-            false => Err(io::Error::other(answer.to_string())),
+        if let Some(client) = self.creates {
+            let create = json!({"cmd": "create", "name": format!("new/{client}/{number}")});
+            self.frame.clear();
+            append_frame(&mut self.frame, &create).map_err(io::Error::other)?;
         }
+        self.connection.exchange(&self.frame)
     }
 }
 
@@ -375,7 +372,9 @@ pub(crate) fn metadata(effort: &Effort) -> io::Result<Vec<Figure>> {
     let system = System::start(folder.path())?;
     let name = system.create("looked/at")?;
     system.client().write(&name, 0, &RECORD).map_err(failed)?;
-    let at: SocketAddrV4 = system.master.address;
+    let (at, mut look) = (system.master.address, Vec::new());
+    let locate = json!({"cmd": "locate", "name": "looked/at", "index": 0});
+    append_frame(&mut look, &locate).map_err(io::Error::other)?;
     let mut figures = Vec::new();
     for (what, creates, to_reach) in
         [("lookups", false, 100_000.0), ("durable creates", true, 5_000.0)]
@@ -388,8 +387,8 @@ pub(crate) fn metadata(effort: &Effort) -> io::Result<Vec<Figure>> {
         for round in 0..effort.rounds {
             let load = Load::of(50, MANY, effort.turn);
             let connect = |client: usize| {
-                let client = round * 1000 + client;
-                Ok(Asker { connection: Connection::open(at)?, client, creates })
+                let creates = creates.then_some(round * 1000 + client);
+                Ok(Asker { connection: Connection::open(at)?, frame: look.clone(), creates })
             };
             rates.push(drive(load, connect, || {})?.rate());
         }

@@ -10,10 +10,10 @@ use std::io;
 use std::path::Path;
 
 /// How many keys there are.
-const KEYS: u64 = 10_000;
+pub(super) const KEYS: u64 = 10_000;
 
 /// More operations than one turn has time for.
-const MANY: u64 = 100_000_000;
+pub(super) const MANY: u64 = 100_000_000;
 
 fn lease() -> String {
     ours::LONG_LEASE.to_string()
@@ -63,7 +63,7 @@ pub(crate) fn shape(effort: &Effort) -> io::Result<Vec<Figure>> {
     for clients in [1, 50, 200] {
         let load = Load::of(clients, MANY, effort.turn);
         figures.extend(compare(
-            format!("getr, {}", plural(clients)),
+            format!("shape: getr, {}", plural(clients)),
             "a thread for each connection that only reads and writes",
             0.8,
             effort,
@@ -74,7 +74,8 @@ pub(crate) fn shape(effort: &Effort) -> io::Result<Vec<Figure>> {
     Ok(figures)
 }
 
-fn plural(clients: usize) -> String {
+/// How many clients, in words.
+pub(super) fn plural(clients: usize) -> String {
     if clients == 1 { "1 client".to_owned() } else { format!("{clients} clients") }
 }
 
@@ -156,7 +157,7 @@ pub(crate) fn writes_in_memory(effort: &Effort) -> io::Result<Vec<Figure>> {
 }
 
 /// With how many clients the curves are drawn.
-const CURVE: [usize; 9] = [1, 2, 5, 10, 20, 50, 100, 200, 500];
+const CURVE: [usize; 10] = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000];
 
 /// Throughput and latency against the number of clients, as pictures.
 pub(crate) fn curves(effort: &Effort) -> io::Result<Vec<Figure>> {

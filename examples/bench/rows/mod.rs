@@ -5,6 +5,7 @@ pub(crate) mod files;
 pub(crate) mod kv;
 pub(crate) mod locks;
 pub(crate) mod moving;
+pub(crate) mod sizes;
 
 use super::load::{Client, Load, drive};
 use super::programs::{cpu_seconds, peak_memory};
