@@ -131,7 +131,10 @@ fn run(flags: &Flags) -> io::Result<ExitCode> {
     }
     if flags.write {
         let (rounds, turn) = (flags.rounds, flags.turn);
-        let effort = format!("{rounds} rounds of {turn} s for each side; medians.");
+        let effort = format!(
+            "Medians; in each round each side has a turn of {turn} s. The last run was of {rounds} \
+             rounds; rows that it left out are those of the run before."
+        );
         report::write(&figures, &effort)?;
     }
     if flags.check {

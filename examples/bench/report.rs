@@ -1,9 +1,7 @@
-//! What is written down: the figures in `docs/benchmarks.md`, between two marks, and in
-//! `docs/benchmarks.json`, by which `--check` knows what has been claimed.
+//! What is written down: the figures in `docs/benchmarks.json`, by which `--check` knows
+//! what has been claimed, and as tables in `docs/benchmarks.md`, between two marks.
 
 use super::rows::{Figure, Side};
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::io;
@@ -11,36 +9,24 @@ use std::path::Path;
 use std::process::Command;
 
 const DOCUMENT: &str = "docs/benchmarks.md";
-const CLAIMS: &str = "docs/benchmarks.json";
+const FIGURES: &str = "docs/benchmarks.json";
 
 /// The figures stand between these.
 const BEGIN: &str = "<!-- figures: begin -->";
 const END: &str = "<!-- figures: end -->";
 
-/// What has been claimed of one row.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-struct Claim {
-    /// The median.
-    value: f64,
-    /// How far the rounds lay from it at most, as a part of it.
-    noise: f64,
-    /// More is better.
-    more: bool,
+/// How far the rounds lay from the median at most, as a part of it.
+fn noise(figure: &Figure) -> f64 {
+    let value = figure.value();
+    let distance = |measured: &f64| (measured - value).abs() / value;
+    figure.measured.iter().map(distance).fold(0.0, f64::max)
 }
 
-impl Claim {
-    fn of(figure: &Figure) -> Self {
-        let value = figure.value();
-        let distance = |measured: &f64| (measured - value).abs() / value;
-        let noise = figure.measured.iter().map(distance).fold(0.0, f64::max);
-        Self { value, noise, more: figure.goal.is_minimum() }
-    }
-}
-
-fn claims() -> io::Result<BTreeMap<String, Claim>> {
-    match fs::read(CLAIMS) {
+/// The figures that have been written down.
+fn claimed() -> io::Result<Vec<Figure>> {
+    match fs::read(FIGURES) {
         Ok(text) => serde_json::from_slice(&text).map_err(io::Error::other),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }
 }
@@ -50,14 +36,19 @@ fn claims() -> io::Result<BTreeMap<String, Claim>> {
 /// # Errors
 /// When the documents can't be read or written.
 pub(crate) fn write(figures: &[Figure], effort: &str) -> io::Result<()> {
-    let mut all = claims()?;
-    all.extend(figures.iter().map(|figure| (figure.name.clone(), Claim::of(figure))));
+    let mut all = claimed()?;
+    for figure in figures {
+        match all.iter_mut().find(|known| known.name == figure.name) {
+            Some(known) => known.clone_from(figure),
+            None => all.push(figure.clone()),
+        }
+    }
     let json = serde_json::to_string_pretty(&all).map_err(io::Error::other)?;
-    fs::write(CLAIMS, json + "\n")?;
+    fs::write(FIGURES, json + "\n")?;
     let text = fs::read_to_string(DOCUMENT)?;
     let (head, rest) = text.split_once(BEGIN).ok_or_else(|| no_mark(BEGIN))?;
     let (_, tail) = rest.split_once(END).ok_or_else(|| no_mark(END))?;
-    let figures = tables(figures, effort);
+    let figures = tables(&all, effort);
     fs::write(DOCUMENT, format!("{head}{BEGIN}\n{figures}{END}{tail}"))
 }
 
@@ -70,18 +61,16 @@ fn no_mark(mark: &str) -> io::Error {
 /// # Errors
 /// When the claims can't be read.
 pub(crate) fn shortfalls(figures: &[Figure]) -> io::Result<Vec<String>> {
-    let claims = claims()?;
+    let claimed = claimed()?;
     let short = figures.iter().filter_map(|figure| {
-        let claim = claims.get(&figure.name)?;
-        let value = figure.value();
-        let bound = match claim.more {
-            true => claim.value * (1.0 - claim.noise - MARGIN),
-            false => claim.value * (1.0 + claim.noise + MARGIN),
+        let claim = claimed.iter().find(|claim| claim.name == figure.name)?;
+        let (value, unit) = (figure.value(), &figure.unit);
+        let (claims, slack) = (claim.value(), noise(claim) + MARGIN);
+        let is_short = match claim.goal.is_minimum() {
+            true => value < claims * (1.0 - slack),
+            false => value > claims * (1.0 + slack),
         };
-        let is_short = if claim.more { value < bound } else { value > bound };
-        is_short.then(|| {
-            format!("{}: {value:.2} {}, claimed are {:.2}", figure.name, figure.unit, claim.value)
-        })
+        is_short.then(|| format!("{}: {value:.2} {unit}, claimed are {claims:.2}", figure.name))
     });
     Ok(short.collect())
 }

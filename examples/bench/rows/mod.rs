@@ -9,6 +9,7 @@ pub(crate) mod sizes;
 
 use super::load::{Client, Load, drive};
 use super::programs::{cpu_seconds, peak_memory};
+use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::io;
 use std::time::Duration;
@@ -40,7 +41,7 @@ pub(crate) struct Effort {
 }
 
 /// One side in one turn, or in the median of several.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Side {
     /// Operations in a second.
     pub(crate) rate: f64,
@@ -56,7 +57,8 @@ pub(crate) struct Side {
 }
 
 /// What is to be reached.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Goal {
     /// So much or more.
     AtLeast(f64),
@@ -87,9 +89,9 @@ impl Goal {
 }
 
 /// What came of one row.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Figure {
-    /// Such as `getr, 50 clients`.
+    /// Such as `getr, 50 clients`; no other figure has it.
     pub(crate) name: String,
     /// The other side, or what it is measured by.
     pub(crate) against: String,
@@ -98,7 +100,7 @@ pub(crate) struct Figure {
     /// The quantity that the goal is about, in each round.
     pub(crate) measured: Vec<f64>,
     /// Its unit; `x` for a ratio.
-    pub(crate) unit: &'static str,
+    pub(crate) unit: String,
     pub(crate) goal: Goal,
     /// What else there is to know.
     pub(crate) note: String,
@@ -110,11 +112,12 @@ impl Figure {
         name: impl Into<String>,
         against: impl Into<String>,
         measured: Vec<f64>,
-        unit: &'static str,
+        unit: &str,
         goal: Goal,
         note: impl Into<String>,
     ) -> Self {
         let (name, against, note) = (name.into(), against.into(), note.into());
+        let unit = unit.to_owned();
         let figure = Self { name, against, sides: None, measured, unit, goal, note };
         println!("{}", figure.line());
         figure
@@ -133,7 +136,7 @@ impl Figure {
     /// What was measured, and what was to be reached.
     pub(crate) fn verdict(&self) -> String {
         let verdict = if self.is_reached() { "reached" } else { "MISSED" };
-        let (value, unit, goal) = (self.value(), self.unit, self.goal.words());
+        let (value, unit, goal) = (self.value(), &self.unit, self.goal.words());
         format!("{value:.2} {unit} ({goal}: {verdict})")
     }
 
@@ -219,7 +222,7 @@ pub(crate) fn compare(
         against: against.into(),
         sides: Some((middle(&own), middle(&other))),
         measured: own.iter().zip(&other).map(ratio).collect(),
-        unit: "x",
+        unit: "x".to_owned(),
         goal: Goal::AtLeast(to_reach),
         note: String::new(),
     };

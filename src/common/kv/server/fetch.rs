@@ -85,10 +85,14 @@ impl<T> Server<T> {
         let place = |key: &Text| (Point::of(key).distance_from(arc.start), Text::clone(key));
         let end = reached.as_ref().map(|cursor| place(&cursor.key));
         for (key, _) in held {
-            if end.as_ref().is_some_and(|end| place(&key) > *end) {
+            let point = Point::of(&key);
+            // The arc may have been split since: what is in the other part is fetched there,
+            // and this page's news of it were not taken.
+            let is_answered =
+                arc.contains(point) && end.as_ref().is_none_or(|end| place(&key) <= *end);
+            if !is_answered {
                 continue;
             }
-            let point = Point::of(&key);
             if self.table.settle_old(point, &key, !gone.contains(&key)) {
                 self.records.push(Record::Drop { point, key });
             }

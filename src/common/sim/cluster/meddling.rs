@@ -69,6 +69,11 @@ impl Cluster {
         self.disk_mut(Party::Server(server)).is_failing = true;
     }
 
+    /// Whether the next batch will fail.
+    pub fn is_disk_failing(&self, disk: usize) -> bool {
+        self.disks[disk].is_failing
+    }
+
     /// No disk is about to fail any more, nor slower than can be borne.
     pub fn mend_disks(&mut self) {
         self.chance.mend_disks();

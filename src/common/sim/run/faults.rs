@@ -413,8 +413,12 @@ impl Run {
         let healthy = |id: &Identity| {
             self.alive().into_iter().any(|server| {
                 let disk = self.cluster.disk(server);
-                let is_well =
-                    self.cluster.is_up(server) && !self.troubles.shaky.contains_key(&disk);
+                // Who waits to be let in, or is about to die, is on its way out: others may go
+                // on without it.
+                let is_well = self.cluster.is_up(server)
+                    && self.cluster.is_leased(server)
+                    && !self.cluster.is_disk_failing(disk)
+                    && !self.troubles.shaky.contains_key(&disk);
                 is_well && disk != victim && self.cluster.identity(server) == Some(id)
             })
         };
