@@ -10,6 +10,7 @@ START ?= 0
 MUTANT ?=
 SECONDS ?= 60
 ONLY ?=
+WRITE ?=
 
 .PHONY: help run-cluster build test test-long sim sim-drift mutants chaos lock-experiment fuzz model bench bench-check check compare clean
 
@@ -55,9 +56,9 @@ fuzz: ## bytes from elsewhere, so many seconds for each target (SECONDS=60)
 model: ## every order of events in a model of the protocol: some minutes
 	$(CARGO) test --release --test model -- --nocapture --include-ignored --test-threads 1
 
-bench: ## this project beside Redis, etcd and MooseFS: some 30 minutes (ONLY=name)
+bench: ## this project beside Redis, etcd and MooseFS: some 40 minutes (ONLY=name WRITE=1)
 	$(CARGO) build --release --bins --example bench
-	target/release/examples/bench $(if $(ONLY),--only $(ONLY),--write)
+	target/release/examples/bench $(if $(ONLY),--only $(ONLY) $(if $(WRITE),--write),--write)
 
 bench-check: ## a quick run, which fails if it falls short of docs/benchmarks.md
 	$(CARGO) build --release --bins --example bench

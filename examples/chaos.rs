@@ -54,10 +54,18 @@ struct Flags {
     /// Where to write the report, in a folder named after the seed
     #[arg(long, value_name = "DIR", default_value = "target/chaos")]
     report: PathBuf,
+
+    /// Be the proxy that makes a link slow, by so many milliseconds
+    #[arg(long, value_name = "N", hide = true)]
+    delay_proxy: Option<u64>,
 }
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
+    if let Some(ms) = flags.delay_proxy {
+        let served = chaos::delay::serve(Duration::from_millis(ms));
+        return if served.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let inside = std::env::var_os(INSIDE).is_some();
     let network = match network::can_have_namespaces() {
         _ if flags.loopback => Network::Loopback { why: "as was asked for".to_owned() },

@@ -29,6 +29,10 @@ const MAX_QUIET_MS: u64 = 3000;
 /// For how long harm is done, at most, in leases.
 const MAX_LEASES: u64 = 3;
 
+/// How much later what is sent arrives, in milliseconds: more than a heartbeat's pace, and
+/// nearly a lease.
+const DELAYS_MS: [u64; 4] = [20, 150, 600, 1800];
+
 /// One kind of harm, and to whom.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
@@ -40,6 +44,8 @@ pub(crate) enum Fault {
     Cut(Cut),
     /// Of a hundred packets between any two, so many are lost.
     Lose(u32),
+    /// Everything from and to this program takes so many milliseconds longer, each way.
+    Delay(usize, u64),
     /// The disk is full.
     Fill(usize),
     /// One more server.
@@ -99,6 +105,8 @@ impl Fault {
             Self::Cut(Cut::Mute(_) | Cut::Deaf(_)) => "cut off one way",
             Self::Cut(Cut::Halves(_)) => "cut in two",
             Self::Lose(_) => "packets lost",
+            Self::Delay(who, _) if leads(*who) => "viewleader's links slow",
+            Self::Delay(..) => "server's links slow",
             Self::Fill(_) => "disk full",
             Self::Join => "join",
             Self::Drain(_) => "drain",
@@ -118,6 +126,7 @@ impl Fault {
             Self::Cut(Cut::Mute(who)) => Self::Cut(Cut::Mute(it(who))),
             Self::Cut(Cut::Deaf(who)) => Self::Cut(Cut::Deaf(it(who))),
             Self::Cut(Cut::Halves(who)) => Self::Cut(Cut::Halves(who.iter().map(it).collect())),
+            Self::Delay(who, ms) => Self::Delay(it(who), *ms),
             Self::Erase(who) => Self::Erase(it(who)),
             Self::Replace(who) => Self::Replace(it(who)),
             Self::Lose(_) | Self::Fill(_) | Self::Join | Self::Drain(_) => self.clone(),
@@ -184,7 +193,7 @@ fn draw(rng: &mut StdRng, servers: usize, can_cut: bool) -> Fault {
     let several = servers.clone().sample(rng, count);
     // The one that leads more often than the others.
     let viewleader = [LEADER, 0, 1, 2][rng.random_range(0..4)];
-    match rng.random_range(0..if can_cut { 27 } else { 14 }) {
+    match rng.random_range(0..if can_cut { 29 } else { 14 }) {
         0 | 1 => Fault::Kill(vec![server]),
         2 => Fault::Kill(several),
         3 if rng.random_ratio(1, 2) => Fault::Kill((0..servers.end).collect()),
@@ -206,6 +215,8 @@ fn draw(rng: &mut StdRng, servers: usize, can_cut: bool) -> Fault {
         23 => Fault::Cut(Cut::Halves(several)),
         24 => Fault::Cut(Cut::Halves([several, vec![LEADER]].concat())),
         25 => Fault::Lose([2, 10, 30][rng.random_range(0..3)]),
+        26 => Fault::Delay(program, DELAYS_MS[rng.random_range(0..DELAYS_MS.len())]),
+        27 => Fault::Delay(LEADER, DELAYS_MS[rng.random_range(0..DELAYS_MS.len())]),
         _ => Fault::Fill(SMALL_DISKS[rng.random_range(0..SMALL_DISKS.len())]),
     }
 }
@@ -234,6 +245,7 @@ impl fmt::Display for Fault {
             Self::Cut(Cut::Deaf(who)) => write!(f, "{} hears nobody", name(*who)),
             Self::Cut(Cut::Halves(who)) => write!(f, "cut {} off the rest", names(who)),
             Self::Lose(percent) => write!(f, "lose {percent} of 100 packets"),
+            Self::Delay(who, ms) => write!(f, "all from and to {} {ms} ms later", name(*who)),
             Self::Fill(who) => write!(f, "fill the disk of {}", name(*who)),
             Self::Join => f.write_str("a server joins"),
             Self::Drain(who) => write!(f, "tell {} to leave", name(*who)),

@@ -10,6 +10,7 @@
 //! * [`faults`]: what harm there is, and the schedule.
 //! * [`network`]: where the programs run: each in a network namespace of its own
 //!   (root, Linux, `ip`, `nft`), where links can be cut; else all on loopback.
+//! * [`delay`]: the proxy that makes links slow.
 //! * [`programs`]: the processes.
 //! * [`replacing`]: a viewleader whose disk is gone, or which another one is to replace.
 //! * [`clients`]: what is asked and noted.
@@ -32,6 +33,7 @@
 #![allow(dead_code, reason = "the command and the test use the part that each needs")]
 
 pub(crate) mod clients;
+pub(crate) mod delay;
 pub(crate) mod faults;
 pub(crate) mod locks;
 pub(crate) mod network;
@@ -198,6 +200,9 @@ impl Harm<'_> {
                 !links.is_empty() && programs.network.cut(index, links)
             }
             Fault::Lose(percent) => programs.network.lose(index, *percent),
+            Fault::Delay(who, ms) => {
+                programs.network.delay(index, *who, Duration::from_millis(*ms))
+            }
             Fault::Fill(who) => programs.fill(*who),
             Fault::Join => programs.join(),
             Fault::Drain(who) => programs.drain(*who),
@@ -212,7 +217,7 @@ impl Harm<'_> {
         match fault {
             Fault::Kill(who) => programs.restart(who),
             Fault::Pause(who) => programs.go_on(*who),
-            Fault::Cut(_) | Fault::Lose(_) => programs.network.mend(index),
+            Fault::Cut(_) | Fault::Lose(_) | Fault::Delay(..) => programs.network.mend(index),
             Fault::Fill(who) => programs.empty(*who),
             Fault::Join | Fault::Drain(_) | Fault::Erase(_) | Fault::Replace(_) => {}
         }

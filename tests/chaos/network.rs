@@ -6,8 +6,10 @@
 //! the bridge. Rules for the bridge say which packets it drops. So nothing has a
 //! name outside, and when this process ends, however it does, all is gone with it.
 //!
-//! Delay is not made: it would need `netem`, which not every kernel has.
+//! Delay is made by a proxy in the namespace of a program ([`delay`]): not every kernel
+//! has `netem`.
 
+use super::delay;
 use super::faults;
 use super::process::{PATIENCE, Program, free_ports, wait_until};
 use std::collections::BTreeMap;
@@ -18,9 +20,20 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// In namespaces, the first three numbers of every address; nobody else is there.
-const SUBNET: [u8; 3] = [10, 77, 0];
+pub(crate) const SUBNET: [u8; 3] = [10, 77, 0];
+
+/// Where servers and viewleaders listen there.
+const SERVER_PORT: u16 = 38000;
+const VIEWLEADER_PORT: u16 = 39000;
+
+/// The same, for nft.
+pub(crate) const DELAYED_PORTS: &str = "{ 38000, 39000 }";
+
+/// What tells this program that it is the proxy, and the delay in milliseconds.
+pub(crate) const PROXY: &str = "--delay-proxy";
 
 /// Where the clients are in it; the programs count from the next on.
 const CLIENTS: u8 = 1;
@@ -54,6 +67,8 @@ pub(crate) struct Namespaces {
     cuts: BTreeMap<usize, Vec<(End, End)>>,
     /// By the number of the fault: of a hundred packets, so many are lost.
     losses: BTreeMap<usize, u32>,
+    /// By the number of the fault: the program whose links are slow, and the proxy.
+    delays: BTreeMap<usize, (usize, Program)>,
 }
 
 /// What makes namespaces possible, or why they aren't.
@@ -66,7 +81,7 @@ pub(crate) fn can_have_namespaces() -> Result<(), String> {
     if !works("unshare", &["--net", "--mount", "ip", "link", "add", "br0", "type", "bridge"]) {
         return Err("network namespaces need root, util-linux and iproute2".to_owned());
     }
-    let rules = "table bridge chaos {}";
+    let rules = format!("table bridge chaos {{}}\n{}", delay::rules(address(CLIENTS)));
     if !works("unshare", &["--net", "sh", "-c", &format!("echo '{rules}' | nft -f -")]) {
         return Err("cutting links needs nft".to_owned());
     }
@@ -128,6 +143,7 @@ impl Network {
     /// The place of the program `number` is not needed any more.
     pub(crate) fn leave(&mut self, number: usize) {
         if let Self::Namespaces(namespaces) = self {
+            namespaces.delays.retain(|_, (of, _)| *of != number);
             namespaces.holders.remove(&number);
             // It may be gone already, with the namespace of its other end.
             let _ = Command::new("ip").args(["link", "delete", &cable(number)]).output();
@@ -150,12 +166,22 @@ impl Network {
         true
     }
 
+    /// Has everything from and to the program `number` take `delay` longer, each way, on
+    /// account of the fault `index`; false where that can't be, or is so already.
+    pub(crate) fn delay(&mut self, index: usize, number: usize, delay: Duration) -> bool {
+        let Self::Namespaces(namespaces) = self else { return false };
+        namespaces.delay(index, number, delay)
+    }
+
     /// Makes good what was done on account of the fault `index`.
     pub(crate) fn mend(&mut self, index: usize) {
         if let Self::Namespaces(namespaces) = self {
             namespaces.cuts.remove(&index);
             namespaces.losses.remove(&index);
             namespaces.apply();
+            if let Some((number, _proxy)) = namespaces.delays.remove(&index) {
+                namespaces.inside(number, delay::NO_RULES);
+            }
         }
     }
 
@@ -165,6 +191,9 @@ impl Network {
             namespaces.cuts.clear();
             namespaces.losses.clear();
             namespaces.apply();
+            for (number, _proxy) in std::mem::take(&mut namespaces.delays).into_values() {
+                namespaces.inside(number, delay::NO_RULES);
+            }
         }
     }
 }
@@ -181,7 +210,7 @@ impl Namespaces {
             let theirs = fs::read_link(format!("/proc/{pid}/ns/net")).ok()?;
             (theirs != ours).then_some(())
         });
-        let ip = address(CLIENTS + 1 + u8::try_from(number).unwrap());
+        let ip = own_address(number);
         let (cable, subnet) = (cable(number), format!("{ip}/24"));
         run("ip", &["link", "add", &cable, "type", "veth", "peer", "name", "eth0", "netns", &pid]);
         run("ip", &["link", "set", &cable, "master", "br0", "up"]);
@@ -194,7 +223,28 @@ impl Namespaces {
             run("nsenter", &[&["-t", &pid, "-n", "ip"], arguments].concat());
         }
         self.holders.insert(number, holder);
-        SocketAddrV4::new(ip, if faults::leads(number) { 39000 } else { 38000 })
+        SocketAddrV4::new(ip, if faults::leads(number) { VIEWLEADER_PORT } else { SERVER_PORT })
+    }
+
+    fn delay(&mut self, index: usize, number: usize, delay: Duration) -> bool {
+        let is_slow = self.delays.values().any(|(of, _)| *of == number);
+        let Some(holder) = self.holders.get(&number).filter(|_| !is_slow) else { return false };
+        let (holder, group) = (holder.id().to_string(), delay::GROUP.to_string());
+        let mut command = Command::new("nsenter");
+        command.args(["-t", &holder, "-n", "setpriv", "--regid", &group, "--clear-groups"]);
+        command.args(["--pdeathsig", "KILL"]).arg(std::env::current_exe().unwrap());
+        command.args([PROXY, &delay.as_millis().to_string()]).process_group(0);
+        let proxy = Program::start(&format!("the proxy of {}", faults::name(number)), &mut command);
+        self.inside(number, &delay::rules(own_address(number)));
+        self.delays.insert(index, (number, proxy));
+        true
+    }
+
+    /// Has the namespace of the program `number` follow these rules.
+    fn inside(&self, number: usize, rules: &str) {
+        if let Some(holder) = self.holders.get(&number) {
+            nft(&["nsenter", "-t", &holder.id().to_string(), "-n"], rules);
+        }
     }
 
     /// Tells the bridge all that it is to drop, at one stroke.
@@ -222,15 +272,26 @@ impl Namespaces {
                 writeln!(rules, "chain {hook} {{ type filter hook {hook} priority 0;\n{drops}}}");
         }
         rules.push_str("}\n");
-        let mut nft = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-        nft.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
-        assert!(nft.wait().unwrap().success(), "nft refuses:\n{rules}");
+        nft(&[], &rules);
     }
+}
+
+/// Has the kernel follow `rules`, wherever `there` leads.
+fn nft(there: &[&str], rules: &str) {
+    let words = [there, &["nft", "-f", "-"]].concat();
+    let mut nft = Command::new(words[0]);
+    let mut nft = nft.args(&words[1..]).stdin(Stdio::piped()).spawn().unwrap();
+    nft.stdin.take().unwrap().write_all(rules.as_bytes()).unwrap();
+    assert!(nft.wait().unwrap().success(), "nft refuses:\n{rules}");
 }
 
 /// The end of a program's cable at the bridge.
 fn cable(number: usize) -> String {
     faults::name(number).replace("viewleader", "v-leader").replace("server", "v")
+}
+
+fn own_address(number: usize) -> Ipv4Addr {
+    address(CLIENTS + 1 + u8::try_from(number).unwrap())
 }
 
 fn address(last: u8) -> Ipv4Addr {
