@@ -5,7 +5,7 @@ use super::super::ours::{self, Cluster, Kv};
 use super::super::plot::{self, Curve};
 use super::super::programs::Daemon;
 use super::super::{bare, etcd, redis};
-use super::{Effort, Figure, compare, measure};
+use super::{Effort, Figure, Goal, compare, measure};
 use std::io;
 use std::path::Path;
 
@@ -107,8 +107,9 @@ pub(crate) fn against_etcd(effort: &Effort) -> io::Result<Vec<Figure>> {
             _ => (ours::Ask::Setr, etcd::Ask::Put),
         };
         let requests = cluster.requests(ask, KEYS)?;
-        figures.extend(compare(
-            format!("{word}, 3 servers, {}", plural(clients)),
+        let name = format!("{word}, 3 servers, {}", plural(clients));
+        let figure = compare(
+            name.clone(),
             against,
             to_reach,
             effort,
@@ -119,7 +120,14 @@ pub(crate) fn against_etcd(effort: &Effort) -> io::Result<Vec<Figure>> {
                     etcd::Etcd::connect(member.address, peer.clone(), KEYS)
                 })
             },
-        )?);
+        )?;
+        let sides = figure.as_ref().and_then(|figure| figure.sides);
+        figures.extend(figure);
+        if let Some((ours, theirs)) = sides.filter(|_| word == "setr") {
+            let note = format!("{:.2} ms against {:.2} ms", ours.p99, theirs.p99);
+            let (name, ratio) = (format!("p99 of {name}"), vec![ours.p99 / theirs.p99]);
+            figures.push(Figure::single(name, against, ratio, "x", Goal::AtMost(0.5), note));
+        }
     }
     Ok(figures)
 }
