@@ -146,8 +146,9 @@ impl Run {
         reply: &Value,
     ) -> Judgement {
         if reply["status"] != "granted" {
-            // It may be in the queue all the same; and what was sent may yet arrive.
-            let late = task.was_silent;
+            // It may be in the queue all the same; and what was sent may yet arrive, if
+            // only the second time: at whoever leads by then.
+            let late = task.was_silent || self.options.weather.twice > 0.0;
             self.then(client, Duration::ZERO, Job::Unlock { wish, late });
             return Ok(());
         }
