@@ -343,6 +343,11 @@ impl Cluster {
         self.servers[server].host.machine.revision() == self.view.revision
     }
 
+    /// Whether everything that the server has given to its disk is on it.
+    pub fn has_stored_all(&self, server: usize) -> bool {
+        self.disks[self.disk(server)].queued() == 0
+    }
+
     /// Where the server listens, or listened.
     pub fn address(&self, server: usize) -> SocketAddrV4 {
         self.servers[server].address

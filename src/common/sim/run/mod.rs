@@ -398,6 +398,8 @@ impl Run {
             Some("a rebalancing is not over".to_owned())
         } else if let Some(late) = alive.iter().find(|at| !self.cluster.is_up_to_date(**at)) {
             Some(format!("{} has an old view", self.cluster.name_of(*late)))
+        } else if let Some(slow) = alive.iter().find(|at| !self.cluster.has_stored_all(**at)) {
+            Some(format!("the disk of {} is behind", self.cluster.name_of(*slow)))
         } else if pending > 0 {
             Some(format!("{pending} entries are pending"))
         } else {
