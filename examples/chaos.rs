@@ -64,7 +64,9 @@ fn main() -> ExitCode {
     let flags = Flags::parse();
     if let Some(ms) = flags.delay_proxy {
         let served = chaos::delay::serve(Duration::from_millis(ms));
-        return if served.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        let error = served.err().map_or(String::new(), |error| error.to_string());
+        let _ = writeln!(std::io::stderr(), "the proxy can't listen: {error}");
+        return ExitCode::FAILURE;
     }
     let inside = std::env::var_os(INSIDE).is_some();
     let network = match network::can_have_namespaces() {

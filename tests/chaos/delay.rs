@@ -6,7 +6,7 @@
 //! later. Connections that are there when it begins are reset, so that their ends make
 //! new ones; those through the proxy break when it ends.
 
-use super::network::{DELAYED_PORTS, SUBNET};
+use super::network::{SERVER_PORT, SUBNET, VIEWLEADER_PORT};
 use rustix::net::sockopt::ip_original_dst;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
@@ -32,7 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What leads the connections of the program at `own` to the proxy, for nft.
 pub(crate) fn rules(own: Ipv4Addr) -> String {
     let [a, b, c] = SUBNET;
-    let (subnet, ports) = (format!("{a}.{b}.{c}.0/24"), DELAYED_PORTS);
+    let subnet = format!("{a}.{b}.{c}.0/24");
+    let ports = format!("{{ {SERVER_PORT}, {VIEWLEADER_PORT} }}");
     format!(
         "table ip delay {{
 chain out {{ type nat hook output priority -100;

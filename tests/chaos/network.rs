@@ -26,11 +26,8 @@ use std::time::Duration;
 pub(crate) const SUBNET: [u8; 3] = [10, 77, 0];
 
 /// Where servers and viewleaders listen there.
-const SERVER_PORT: u16 = 38000;
-const VIEWLEADER_PORT: u16 = 39000;
-
-/// The same, for nft.
-pub(crate) const DELAYED_PORTS: &str = "{ 38000, 39000 }";
+pub(crate) const SERVER_PORT: u16 = 38000;
+pub(crate) const VIEWLEADER_PORT: u16 = 39000;
 
 /// What tells this program that it is the proxy, and the delay in milliseconds.
 pub(crate) const PROXY: &str = "--delay-proxy";

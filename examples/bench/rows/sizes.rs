@@ -61,8 +61,8 @@ fn grown(
         figures.extend(compare(
             format!("growth: {word}, {what}"),
             against,
-            // One client waits for its answers; how few can be said, not what share of many.
-            if clients < fewer { 0.0 } else { to_reach },
+            // Fewer clients wait for their answers: at least their share of the rate.
+            if clients < fewer { clients as f64 / fewer as f64 } else { to_reach },
             effort,
             || side(large, clients),
             || side(small, fewer),

@@ -4,9 +4,9 @@
 //! committed(secondary) ⊆ committed(primary) ⊆ prepared(every replica). Seen from
 //! outside: whatever a client was told, and whatever any replica of the group takes
 //! for committed, or would if it started again over its disk, is on the disk of every
-//! replica that the viewleader counts as ready, in that version or in a newer one; in the version of a dead one, too, as
-//! long as the viewleader counts on it. A deletion may be forgotten: of a key that was
-//! ever to be deleted, only an older version is too little.
+//! replica that the viewleader counts as ready, in that version or in a newer one; on the
+//! disk of a dead one, too, as long as the viewleader counts on it. A deletion may be
+//! forgotten: of a key that was ever to be deleted, only an older version is too little.
 
 use crate::kv::Version;
 use crate::kv::ring::Point;
