@@ -9,8 +9,9 @@ use super::locks::Grant;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
-/// How many answers are remembered; beyond it the oldest are forgotten. At a
-/// thousand lock operations a second that is a client's patience and more.
+/// How many answers are remembered; beyond it the oldest are forgotten. At two
+/// thousand lock operations a second that is a client's patience; at the most that was
+/// measured it is 2.6 s, and a request that comes again later than that is a new one.
 pub const MAX_ANSWERED: usize = 20_000;
 
 /// What came of a request about a lock.

@@ -76,6 +76,10 @@ pub enum Change {
         id: Identity,
         /// Which start it is.
         start: Start,
+        /// How long its leases are now, in milliseconds; as before, where an older log
+        /// does not say.
+        #[serde(default)]
+        lease_ms: Option<u64>,
     },
     /// A member is reached elsewhere.
     Move {
@@ -224,7 +228,7 @@ impl State {
             Change::Join { member, lineage, formerly, chosen_in } => {
                 return self.join(member, &lineage, &formerly, chosen_in);
             }
-            Change::Restart { id, start } => self.restart(&id, start),
+            Change::Restart { id, start, lease_ms } => self.restart(&id, start, lease_ms),
             Change::Move { id, address } => self.move_to(&id, address),
             Change::Expel(ids) => self.expel(&ids),
             Change::Full { id, full } => self.set_full(&id, full),
@@ -311,10 +315,13 @@ impl State {
     /// The member `id` goes on over its disk. Its groups get a new version: what
     /// is pending in them is prepared anew, and what it sent before it was
     /// started again is refused.
-    fn restart(&mut self, id: &Identity, start: Start) {
+    ///
+    /// Its leases may be longer than before: whoever leads next waits for as long.
+    fn restart(&mut self, id: &Identity, start: Start, lease_ms: Option<u64>) {
         let member = self.view.members.iter_mut().find(|member| member.id == *id);
         let Some(member) = member.filter(|member| member.start != Some(start)) else { return };
         member.start = Some(start);
+        member.lease_ms = lease_ms.unwrap_or(member.lease_ms);
         self.view.revision.0 += 1;
         let View { groups, revision, .. } = &mut self.view;
         for group in groups.iter_mut().filter(|group| group.seats(id)) {

@@ -133,7 +133,7 @@ impl<T> Leader<T> {
                     let change = Change::Move { id: id.clone(), address };
                     self.propose(change, Asker::Nobody, effects);
                 }
-                Change::Restart { id, start }
+                Change::Restart { id, start, lease_ms: Some(lease.as_millis() as u64) }
             }
             Some(_) if moved => Change::Move { id, address },
             Some(member) if member.full != beat.full => Change::Full { id, full: beat.full },

@@ -472,7 +472,7 @@ impl<T> Leader<T> {
                 let is_ours = *dialect == Dialect::Ringleader;
                 (format!("{address} ({id}) joins, at {hash}"), is_ours.then_some(Cause::Added))
             }
-            Change::Restart { id, start } => {
+            Change::Restart { id, start, .. } => {
                 (format!("{id} goes on: its start {}", start.count), None)
             }
             Change::Expel(ids) => {
