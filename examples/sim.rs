@@ -1,8 +1,8 @@
 //! Runs the simulator: `make sim SEEDS=1000`, `make sim SEED=17`.
 //!
 //! Each seed is a whole life of a cluster: see [`ringleader::sim::run`]. A seed that
-//! fails is run again with its trace, and printed with its options and the command
-//! that repeats it.
+//! fails is named at once; at the end the first few are run again with their traces, and
+//! printed with their options and the command that repeats them.
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// How many failures are printed with their traces; of others only the seed.
+/// How many failures are printed with their traces; of others only the line said at once.
 const PRINTED_FAILURES: usize = 5;
 
 /// How often a long run says how far it is.
@@ -94,11 +94,6 @@ fn main() -> ExitCode {
     for report in failures.iter().take(printed) {
         print_failure(&flags, report);
     }
-    for report in failures.iter().skip(printed) {
-        let what = report.failure.as_ref().map(ToString::to_string).unwrap_or_default();
-        let what = what.lines().next().unwrap_or_default();
-        println!("seed {} fails: {what}", report.seed);
-    }
     print_tally(&total, Some(began.elapsed()));
     let all = format!("{} of {} seeds fail", failures.len(), total.runs);
     match (failures.is_empty(), flags.drift) {
@@ -146,7 +141,10 @@ fn run_all(flags: &Flags, began: Instant) -> (Tally, Vec<Report>) {
         let mut said = began;
         for report in reports {
             total += report.tally.clone();
-            if report.failure.is_some() {
+            if let Some(failure) = &report.failure {
+                // At once: nobody should wait for the end of a long run to look into it.
+                let what = failure.to_string();
+                println!("seed {} fails: {}", report.seed, what.lines().next().unwrap_or_default());
                 stopped.store(flags.stop, Ordering::Relaxed);
                 failures.push(report);
             }

@@ -7,12 +7,15 @@
     reason = "a test may panic, and says what it did"
 )]
 
-use ringleader::sim::run::{Clocks, Report, Tally, run};
+use ringleader::sim::run::{Clocks, Fault, Report, Tally, run};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How many seeds are run, unless `SEEDS` says otherwise.
 const SEEDS: u64 = 1000;
+
+/// How many lines of the trace of a failure are shown.
+const LAST_LINES: usize = 20;
 
 /// Runs the seeds up to `end` on all processors.
 fn run_all(end: u64, clocks: Clocks) -> (Tally, Vec<Report>) {
@@ -45,10 +48,27 @@ fn by_chance_nothing_is_lost_and_everything_comes_to_rest() {
         .iter()
         .map(|report| {
             let what = report.failure.as_ref().unwrap();
-            format!("{what}\n  {}\n  again: make sim SEED={}", report.options, report.seed)
+            let last = run(report.seed, Clocks::Within, LAST_LINES).lines;
+            let last = last.into_iter().collect::<Vec<_>>().join("\n  ");
+            let again = format!("again: make sim SEED={}", report.seed);
+            format!("{what}\n  {}\n  {last}\n  {again}", report.options)
         })
         .collect();
     assert!(failed.is_empty(), "{} seeds fail:\n{}", failed.len(), failed.join("\n"));
+    let Tally { written, read, refused, unknown, fenced, granted, .. } = tally;
+    for (what, count) in [
+        ("written", written),
+        ("read", read),
+        ("refused", refused),
+        ("unknown", unknown),
+        ("fenced", fenced),
+        ("granted", granted),
+    ] {
+        assert!(count > 0, "nothing was {what} in {seeds} seeds");
+    }
+    let is_missing = |fault: &&Fault| !tally.faults.contains_key(fault);
+    let missing: Vec<_> = Fault::ALL.iter().filter(is_missing).collect();
+    assert!(missing.is_empty() || seeds < SEEDS, "{missing:?} never happened");
 }
 
 #[test]

@@ -39,7 +39,7 @@ use goldenscript::{Command, Context, Runner};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use ringleader::kv::ring::{self, Point};
-use ringleader::kv::server::Batch;
+use ringleader::kv::server::{Batch, DEFAULT_LEASE};
 use ringleader::sim::chance::Steady;
 use ringleader::sim::cluster::{Clock, Cluster, Outcome, Start};
 use ringleader::sim::network::{Lane, Party};
@@ -180,6 +180,7 @@ impl ServersScript {
             clock: Clock::default(),
             lazy,
             batch: Batch::default(),
+            lease: DEFAULT_LEASE,
         });
         Ok(())
     }

@@ -64,9 +64,9 @@ impl Cluster {
         }
     }
 
-    /// The next batch that the server gives to its disk fails, and that ends it.
-    pub fn break_disk(&mut self, server: usize) {
-        self.disk_mut(Party::Server(server)).is_failing = true;
+    /// The next batch that the party gives to its disk fails, and that ends it.
+    pub fn break_disk(&mut self, party: Party) {
+        self.disk_mut(party).is_failing = true;
     }
 
     /// Whether the next batch will fail.
@@ -77,7 +77,8 @@ impl Cluster {
     /// No disk is about to fail any more, nor slower than can be borne.
     pub fn mend_disks(&mut self) {
         self.chance.mend_disks();
-        self.disks.iter_mut().for_each(|disk| disk.is_failing = false);
+        let viewleaders = self.viewleaders.iter_mut().map(|it| &mut it.disk);
+        self.disks.iter_mut().chain(viewleaders).for_each(|disk| disk.is_failing = false);
     }
 
     /// Ends that.

@@ -39,7 +39,7 @@ pub use viewleaders::{MAX_HINTS, not_leader};
 use crate::kv::Version;
 use crate::kv::disk::{self, Person, Record, Seat};
 use crate::kv::ring::{Arc, Point};
-use crate::kv::server::{Batch, CallError, DEFAULT_FETCH_RATE, DEFAULT_LEASE, Server, Settings};
+use crate::kv::server::{Batch, CallError, DEFAULT_FETCH_RATE, Server, Settings};
 use crate::machine::Time;
 use crate::sim::chance::Chance;
 use crate::sim::disk::Disk;
@@ -121,9 +121,11 @@ pub struct Start<'a> {
     pub lazy: bool,
     /// How much one message holds.
     pub batch: Batch,
+    /// How long its leases are.
+    pub lease: Duration,
 }
 
-/// Why a server has ended by itself.
+/// Why a server or a viewleader has ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// It was told to leave, and has left.
@@ -208,8 +210,8 @@ pub struct Cluster {
     tick: Duration,
     /// The server that was stepped last, unless it was only told the time.
     stepped: Option<usize>,
-    /// The servers that have ended by themselves, and why.
-    ended: Vec<(usize, End)>,
+    /// Who has ended by itself, and why.
+    ended: Vec<(Party, End)>,
     /// Everything that has happened, in a number.
     digest: u64,
     /// What everything is called.
@@ -275,8 +277,8 @@ impl Cluster {
         self.stepped
     }
 
-    /// Takes out which servers have ended by themselves.
-    pub fn ended(&mut self) -> Vec<(usize, End)> {
+    /// Takes out who has ended by itself.
+    pub fn ended(&mut self) -> Vec<(Party, End)> {
         std::mem::take(&mut self.ended)
     }
 
@@ -479,7 +481,7 @@ impl Cluster {
 
     /// Starts a server and returns its index.
     pub fn start(&mut self, start: Start<'_>) -> usize {
-        let Start { name, host, seed, clock, batch, .. } = start;
+        let Start { name, host, seed, clock, batch, lease, .. } = start;
         let address = SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, host), PORT);
         assert!(self.index_at(address).is_none(), "somebody listens on {address}");
         let disk = start.disk.unwrap_or_else(|| {
@@ -490,7 +492,7 @@ impl Cluster {
         let index = self.servers.len();
         let settings = Settings {
             address,
-            lease: DEFAULT_LEASE,
+            lease,
             fetch_rate: DEFAULT_FETCH_RATE,
             synced: !self.disks[disk].is_lazy(),
             drawn: index as u64,

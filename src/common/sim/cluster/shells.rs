@@ -104,14 +104,10 @@ impl Cluster {
                 (Body::Closed, _) => self.answered(parcel.rpc, Err(CallError::Lost)),
             },
             Event::Ended { rpc, error } => self.answered(rpc, Err(error)),
-            Event::Stored { party: Party::Server(index), .. }
-                if self.disks[self.servers[index].disk].is_failing =>
-            {
-                self.note(About::Members, |c| {
-                    format!("the disk of {} fails", c.servers[index].name)
-                });
-                self.ended.push((index, End::DiskFailed));
-                self.kill(Party::Server(index));
+            Event::Stored { party, .. } if self.disk_mut(party).is_failing => {
+                self.note(About::Members, |c| format!("the disk of {} fails", c.name(party)));
+                self.ended.push((party, End::DiskFailed));
+                self.kill(party);
             }
             Event::Stored { party, number, .. } => {
                 if self.disk_mut(party).keep_up_to(number) {
@@ -343,7 +339,7 @@ impl Cluster {
             }
             Effect::End => {
                 self.note(About::Members, |cluster| format!("{} ends", cluster.name(me)));
-                self.ended.push((index, End::Left));
+                self.ended.push((me, End::Left));
                 self.kill(me);
             }
             Effect::Print(line) => {

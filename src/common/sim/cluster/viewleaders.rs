@@ -18,6 +18,7 @@ use crate::machine::{Machine, Time};
 use crate::sim::disk::Disk;
 use crate::sim::network::{Body, Lane, Parcel, Party, Rpc};
 use crate::sim::trace::About;
+use crate::view::Revision;
 use crate::view::leader::{self, Worker};
 use crate::view::messages::{Drain, ViewAnswer, ViewReply, ViewRequest};
 use crate::view::restoring::Restore;
@@ -60,6 +61,8 @@ pub(super) struct Viewleader {
     workers: BTreeSet<Worker>,
     /// Tells this life from the ones before.
     pub(super) life: usize,
+    /// The last revision of its view that was looked at.
+    seen: Revision,
 }
 
 /// A server's question on its way along the viewleaders.
@@ -111,9 +114,9 @@ impl Cluster {
         self.names.address(address, &name);
         let (machine, first) = self.machine(site, 0, &entrance, &disk, clock);
         let (host, stepped) = (Host::new(machine, clock), clock.show(self.now));
-        let workers = BTreeSet::new();
+        let (workers, seen) = (BTreeSet::new(), Revision::default());
         let viewleader =
-            Viewleader { host, name, address, disk, entrance, stepped, workers, life: 0 };
+            Viewleader { host, name, address, disk, entrance, stepped, workers, life: 0, seen };
         self.viewleaders.push(viewleader);
         self.perform_for_viewleader(site, first);
         self.at(self.now, Event::Tick(Party::Viewleader(site)));
@@ -150,6 +153,7 @@ impl Cluster {
         let viewleader = &mut self.viewleaders[site];
         viewleader.host = Host::new(machine, clock);
         (viewleader.life, viewleader.stepped) = (life, stepped);
+        viewleader.seen = Revision::default();
         viewleader.workers.clear();
         self.perform_for_viewleader(site, first);
     }
@@ -213,6 +217,15 @@ impl Cluster {
     pub fn has_latest_view(&self, site: usize) -> bool {
         let state = self.viewleaders[site].host.machine.state();
         state.is_some_and(|state| state.view().revision == self.view.revision)
+    }
+
+    /// What two of these viewleaders do not agree on, though they have the same view.
+    pub fn differing(&self, mut sites: impl Iterator<Item = usize>) -> Option<String> {
+        let state = |site: usize| self.viewleaders[site].host.machine.state();
+        let first = sites.next()?;
+        let other = sites.find(|site| state(*site) != state(first))?;
+        let names = [first, other].map(|site| self.name(Party::Viewleader(site)));
+        Some(format!("{} and {} do not agree", names[0], names[1]))
     }
 
     /// The places in the queues of locks that are kept for ever, as the leader has them:
@@ -555,8 +568,16 @@ impl Cluster {
 
     /// Writes down what is new in the view of the viewleader.
     fn see(&mut self, site: usize) {
-        let viewleader = &self.viewleaders[site];
+        let viewleader = &mut self.viewleaders[site];
         let Some(state) = viewleader.host.machine.state() else { return };
+        let revision = state.view().revision;
+        if std::mem::replace(&mut viewleader.seen, revision) == revision {
+            return;
+        }
+        if state.view().revision == self.view.revision && *state.view() != *self.view {
+            let name = &viewleader.name;
+            self.broken.push(format!("{name} has another view {}", self.view.revision));
+        }
         if state.view().revision <= self.view.revision {
             return;
         }

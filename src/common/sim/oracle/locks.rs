@@ -7,6 +7,8 @@
 //! * nobody holds a lock beside one who holds it alone;
 //! * who was told to wait before another one first asked comes before that one, unless
 //!   it has left or its time is over, or both share the lock;
+//! * nobody is told that it has lost its place before its time is over (whoever asks for
+//!   a sign of life sees to that);
 //! * no token comes with two grants; and a grant that was asked for after one was told
 //!   has a greater token than that.
 
@@ -34,16 +36,17 @@ struct Place {
     until: Time,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Lock {
     holders: BTreeMap<String, Place>,
     waiting: BTreeMap<String, Place>,
-    /// When who asked first, and the newest token that anybody had been told by then.
+    /// When who asked first for the place that it has, and the newest token that anybody
+    /// had been told by then.
     asked: BTreeMap<String, (u64, Token)>,
 }
 
 /// Watches who is told what about locks.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Locks {
     locks: BTreeMap<String, Lock>,
     /// Whose grant each token came with.
@@ -58,10 +61,16 @@ impl Locks {
         (self.locks.entry(name.to_owned()).or_default(), self.moment)
     }
 
-    /// Somebody asks, for the first time or again.
-    pub fn asks(&mut self, claim: Claim<'_>) {
+    /// Somebody asks, for the first time or again: for a new place, if the time of the one
+    /// that it had is over.
+    pub fn asks(&mut self, now: Time, claim: Claim<'_>) {
         let newest = self.tokens.last_key_value().map(|(token, _)| *token).unwrap_or_default();
         let (lock, moment) = self.lock(claim.lock);
+        let is_over = |place: Option<&Place>| place.is_some_and(|place| place.until <= now);
+        let had = lock.holders.get(claim.who).or_else(|| lock.waiting.get(claim.who));
+        if is_over(had) {
+            lock.asked.remove(claim.who);
+        }
         lock.asked.entry(claim.who.to_owned()).or_insert((moment, newest));
     }
 
@@ -117,8 +126,9 @@ impl Locks {
             return Err(format!("{name} is granted to {who} while {holder} holds it"));
         }
         lock.waiting.remove(who);
+        // It may have had this very grant from before.
         let first = lock.waiting.iter().find(|(_, place)| place.since < asked && is_live(place));
-        if let Some((first, _)) = first {
+        if let (None, Some((first, _))) = (&known, first) {
             return Err(format!(
                 "{name} is granted to {who} while {first}, who came before, waits"
             ));
@@ -172,9 +182,9 @@ mod tests {
     #[test]
     fn a_second_holder_is_noticed() {
         let mut locks = Locks::default();
-        locks.asks(claim("a"));
+        locks.asks(NOW, claim("a"));
         locks.granted(NOW, claim("a"), Token(1), LATER).unwrap();
-        locks.asks(claim("b"));
+        locks.asks(NOW, claim("b"));
         assert!(locks.granted(NOW, claim("b"), Token(2), LATER).is_err());
         assert!(locks.granted(NOW, sharing("b"), Token(2), LATER).is_err());
         locks.leaves("l", "a");
@@ -185,7 +195,7 @@ mod tests {
     fn whose_time_is_over_holds_and_waits_no_more() {
         let mut locks = Locks::default();
         for who in ["a", "b", "c"] {
-            locks.asks(claim(who));
+            locks.asks(NOW, claim(who));
             locks.waits(NOW, claim(who), LATER).unwrap();
         }
         locks.granted(NOW, claim("a"), Token(1), LATER).unwrap();
@@ -196,13 +206,27 @@ mod tests {
     }
 
     #[test]
+    fn whose_time_is_over_and_who_asks_again_comes_last() {
+        let mut locks = Locks::default();
+        for who in ["a", "b"] {
+            locks.asks(NOW, claim(who));
+        }
+        locks.granted(NOW, claim("a"), Token(1), LATER).unwrap();
+        let end = LATER + std::time::Duration::from_secs(1);
+        locks.waits(NOW, claim("b"), end).unwrap();
+        locks.asks(LATER, claim("a"));
+        assert!(locks.clone().granted(LATER, claim("a"), Token(2), end).is_err());
+        locks.granted(LATER, claim("a"), Token(1), end).unwrap();
+    }
+
+    #[test]
     fn those_who_share_hold_it_together() {
         let mut locks = Locks::default();
         for (who, token) in [("a", 1), ("b", 2)] {
-            locks.asks(sharing(who));
+            locks.asks(NOW, sharing(who));
             locks.granted(NOW, sharing(who), Token(token), LATER).unwrap();
         }
-        locks.asks(claim("c"));
+        locks.asks(NOW, claim("c"));
         assert!(locks.granted(NOW, claim("c"), Token(3), LATER).is_err());
     }
 
@@ -210,17 +234,17 @@ mod tests {
     fn who_overtakes_is_noticed_unless_they_asked_at_the_same_time() {
         let mut locks = Locks::default();
         for who in ["a", "b"] {
-            locks.asks(claim(who));
+            locks.asks(NOW, claim(who));
         }
         locks.granted(NOW, claim("a"), Token(1), LATER).unwrap();
         locks.waits(NOW, claim("b"), LATER).unwrap();
-        locks.asks(claim("c"));
+        locks.asks(NOW, claim("c"));
         locks.waits(NOW, claim("c"), LATER).unwrap();
         locks.leaves("l", "a");
         assert!(locks.granted(NOW, claim("c"), Token(2), LATER).is_err());
         let mut locks = Locks::default();
         for who in ["b", "c"] {
-            locks.asks(claim(who));
+            locks.asks(NOW, claim(who));
             locks.waits(NOW, claim(who), LATER).unwrap();
         }
         locks.leaves("l", "b");
@@ -230,16 +254,16 @@ mod tests {
     #[test]
     fn a_token_that_comes_again_or_goes_back_is_noticed() {
         let mut locks = Locks::default();
-        locks.asks(claim("a"));
+        locks.asks(NOW, claim("a"));
         locks.granted(NOW, claim("a"), Token(5), LATER).unwrap();
         locks.leaves("l", "a");
-        locks.asks(claim("b"));
+        locks.asks(NOW, claim("b"));
         assert!(locks.granted(NOW, claim("b"), Token(5), LATER).is_err());
         let mut locks = Locks::default();
-        locks.asks(claim("a"));
+        locks.asks(NOW, claim("a"));
         locks.granted(NOW, claim("a"), Token(5), LATER).unwrap();
         locks.leaves("l", "a");
-        locks.asks(claim("b"));
+        locks.asks(NOW, claim("b"));
         assert!(locks.granted(NOW, claim("b"), Token(4), LATER).is_err());
     }
 }

@@ -8,6 +8,7 @@
 
 mod locking;
 mod shell;
+mod witness;
 mod work;
 
 use super::{NEVER, Options};
@@ -16,6 +17,7 @@ use crate::kv::{Text, Version};
 use crate::machine::Time;
 use crate::sim::linearizability::Call;
 use crate::sim::network::Rpc;
+use crate::view::Revision;
 use locking::{Holding, Wish};
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -31,6 +33,8 @@ enum Trade {
     Locker,
     /// Changes the group of viewleaders, when told to.
     Operator,
+    /// Uses what is at rest, when told to.
+    Witness,
 }
 
 /// What a client has been asked to do.
@@ -70,6 +74,9 @@ struct Task {
     /// The real client; without it the only request has been made.
     program: Option<operation::Operation>,
     is_original: bool,
+    /// How many commits of an original it has sent, and how the key's group was before.
+    commits: usize,
+    group: Option<Revision>,
     /// Some call was not answered.
     was_silent: bool,
     /// When the question was sent that was answered last.
@@ -122,6 +129,8 @@ struct Client {
     known: Option<(Text, Option<Version>)>,
     /// The lock that it holds, or takes itself to hold.
     held: Option<Holding>,
+    /// For which keys it has voted as the original's client does, and when that last ended.
+    voted: BTreeMap<Text, u64>,
 }
 
 /// All clients.
@@ -145,27 +154,27 @@ impl Clients {
             (Trade::Original, options.originals),
             (Trade::Locker, options.lockers),
             (Trade::Operator, 1),
+            (Trade::Witness, 1),
         ];
         let trades = trades.into_iter().flat_map(|(trade, count)| vec![trade; count]);
         let all = trades.map(|trade| {
             let is_program = match trade {
                 Trade::Writer | Trade::Reader => rng.random_range(0..100) < options.programs,
-                Trade::Original | Trade::Locker | Trade::Operator => true,
+                Trade::Original | Trade::Locker | Trade::Operator | Trade::Witness => true,
             };
+            let is_told = matches!(trade, Trade::Operator | Trade::Witness);
             Client {
                 trade,
                 is_program,
                 thinks_ms: rng.random_range(options.think_ms / 2..=options.think_ms).max(1),
                 stops: Time::default() + options.busy,
-                state: State::Idle {
-                    next: if trade == Trade::Operator { NEVER } else { super::FIRST },
-                    then: None,
-                },
+                state: State::Idle { next: if is_told { NEVER } else { super::FIRST }, then: None },
                 jobs: 0,
                 fast_by: rng.random_range(-options.drift..=options.drift),
                 deaths: 0,
                 known: None,
                 held: None,
+                voted: BTreeMap::new(),
             }
         });
         Self {

@@ -4,6 +4,7 @@ mod council;
 
 use super::{FIRST, Judgement, NEVER, Options, Run, names_at, server};
 use crate::kv::ring::{Point, RING_POINTS};
+use crate::kv::server::DEFAULT_LEASE;
 use crate::machine::Time;
 use crate::sim::cluster::{End, Start};
 use crate::sim::network::{Party, Wall};
@@ -27,6 +28,9 @@ const SPAN_MS: Range<u64> = 50..10_000;
 
 /// About when the lease of a server runs out that was well until now.
 const ABOUT_A_LEASE_MS: Range<u64> = 2900..4200;
+
+/// How long the leases of a server are that has short ones.
+const SHORT_LEASE_MS: Range<u64> = 1500..4000;
 
 /// How soon a fault follows that was waiting for what has just happened, in milliseconds.
 const SOON_MS: Range<u64> = 5..60;
@@ -65,7 +69,7 @@ pub enum Fault {
     /// A server is stopped and a copy of its disk is made; later, when it has been
     /// started again, the copy is put back in the place of the disk.
     Restore,
-    /// A server's disk fails to sync, which ends the server.
+    /// A server's disk fails to sync, or a viewleader's, which ends it.
     FailSync,
     /// A server's disk has no room for a while.
     Fill,
@@ -205,7 +209,8 @@ pub(super) struct Troubles {
     sequels: Vec<(Time, Fault, usize)>,
     /// Who is in trouble, and until when. A server by its last life.
     parties: BTreeMap<Party, (Trouble, Time)>,
-    walls: Vec<(Wall, Time)>,
+    /// The walls that stand, until when, and whether they stand around clients only.
+    walls: Vec<(Wall, Time, bool)>,
     /// Who was in trouble just now, and may lose its lease yet, by disk.
     shaky: BTreeMap<usize, Time>,
     /// No other faults until then.
@@ -254,7 +259,7 @@ impl Troubles {
 
     fn note_due(&mut self) {
         let parties = self.parties.values().map(|(_, until)| *until);
-        let walls = self.walls.iter().map(|(_, until)| *until);
+        let walls = self.walls.iter().map(|(_, until, _)| *until);
         let sequels = self.sequels.iter().map(|(time, ..)| *time);
         let ends = parties.chain(walls).chain(sequels).chain(self.plan.last().copied());
         self.due = ends.min().unwrap_or(NEVER);
@@ -320,12 +325,13 @@ impl Run {
         Ok(())
     }
 
-    /// Servers that have ended by themselves: those whose disk failed come back.
+    /// Those that have ended by themselves: if a disk failed, it is well again when they
+    /// come back.
     pub(super) fn take_ended(&mut self) {
-        for (index, end) in self.cluster.ended() {
+        for (party, end) in self.cluster.ended() {
             if end == End::DiskFailed {
                 let span = self.span();
-                self.is_in_trouble_for(server(index), Trouble::Down, span);
+                self.is_in_trouble_for(party, Trouble::Down, span);
                 self.troubles.note_due();
             }
         }
@@ -363,8 +369,11 @@ impl Run {
 
     fn start(&mut self, host: u8, disk: Option<usize>, lazy: bool) -> usize {
         let (clock, seed, batch) = (self.clock(), self.rng.random(), self.options.batch);
+        let is_short = self.options.leases && self.rng.random_bool(0.5);
+        let short = Duration::from_millis(self.rng.random_range(SHORT_LEASE_MS));
+        let lease = if is_short { short } else { DEFAULT_LEASE };
         let name = format!("s{host}");
-        self.cluster.start(Start { name: &name, host, disk, seed, clock, lazy, batch })
+        self.cluster.start(Start { name: &name, host, disk, seed, clock, lazy, batch, lease })
     }
 
     /// Starts a server that has died again, over its disk or another one.
@@ -409,7 +418,7 @@ impl Run {
         // What lives may be about to lead what it held.
         let is_alive = self.cluster.is_alive(victim);
         let (view, victim) = (self.cluster.view(), self.cluster.disk(victim));
-        let has_wall = !self.troubles.walls.is_empty();
+        let has_wall = !self.troubles.walls.iter().all(|(.., is_of_clients)| *is_of_clients);
         let healthy = |id: &Identity| {
             self.alive().into_iter().any(|server| {
                 let disk = self.cluster.disk(server);
@@ -483,13 +492,12 @@ impl Run {
             return;
         }
         let span = self.span();
-        let done = self.is_possible(fault, victim);
+        let is_possible = self.is_possible(fault, victim);
         self.say(|run| {
             let name = run.cluster.name_of(victim);
-            format!("{fault:?} ({name}, {span:?}){}", if done { "" } else { ": not now" })
+            format!("{fault:?} ({name}, {span:?}){}", if is_possible { "" } else { ": not now" })
         });
-        if done {
-            self.inflict(fault, victim, span);
+        if is_possible && self.inflict(fault, victim, span) {
             *self.tally.faults.entry(fault).or_default() += 1;
         }
     }
@@ -518,7 +526,8 @@ impl Run {
         }
     }
 
-    fn inflict(&mut self, fault: Fault, victim: usize, span: Duration) {
+    /// Returns whether anybody was harmed.
+    fn inflict(&mut self, fault: Fault, victim: usize, span: Duration) -> bool {
         let party = server(victim);
         match fault {
             Fault::Kill => self.kill(victim, Trouble::Down, span),
@@ -551,7 +560,10 @@ impl Run {
                 self.is_in_trouble_for(party, Trouble::DownOver { copy: None }, span);
             }
             Fault::Restore => self.restore(victim, span),
-            Fault::FailSync => self.cluster.break_disk(victim),
+            Fault::FailSync => {
+                let other = self.pick_viewleader().filter(|_| self.rng.random_bool(0.3));
+                self.cluster.break_disk(other.map_or(party, Party::Viewleader));
+            }
             Fault::Fill => {
                 self.cluster.fill_disk(victim);
                 self.is_in_trouble_for(party, Trouble::Full, span);
@@ -587,7 +599,7 @@ impl Run {
             | Fault::SplitMajority
             | Fault::CutViewleader
             | Fault::CutFromFellows
-            | Fault::CutClient => self.raise_wall(fault, party, span),
+            | Fault::CutClient => return self.raise_wall(fault, party, span),
             Fault::KillViewleader
             | Fault::KillViewleaders
             | Fault::EndViewleader
@@ -595,8 +607,9 @@ impl Run {
             | Fault::DozeApart
             | Fault::LoseViewleader
             | Fault::AddViewleader
-            | Fault::RemoveViewleader => self.harm_viewleaders(fault, span),
+            | Fault::RemoveViewleader => return self.harm_viewleaders(fault, span),
         }
+        true
     }
 
     fn kill(&mut self, victim: usize, trouble: Trouble, span: Duration) {
@@ -646,7 +659,8 @@ impl Run {
     }
 
     /// Everybody in two sides, and what is lost between them.
-    fn raise_wall(&mut self, fault: Fault, party: Party, span: Duration) {
+    /// Returns whether there are any.
+    fn raise_wall(&mut self, fault: Fault, party: Party, span: Duration) -> bool {
         let servers: Vec<Party> = self.alive().into_iter().map(server).collect();
         let clients: Vec<Party> = (0..self.clients.count()).map(Party::Client).collect();
         let viewleaders: Vec<Party> =
@@ -705,14 +719,21 @@ impl Run {
                 }
             }
         }
+        if pairs.is_empty() {
+            return false;
+        }
         let until = self.cluster.now() + span;
-        for party in this_side.iter().chain(&other_side) {
+        // Who can't reach clients has its lease all the same.
+        let is_client = |party: &Party| matches!(party, Party::Client(_));
+        let is_of_clients = this_side.iter().all(is_client) || other_side.iter().all(is_client);
+        for party in this_side.iter().chain(&other_side).filter(|_| !is_of_clients) {
             if let Party::Server(index) = party {
                 self.troubles.shaky.insert(self.cluster.disk(*index), until + SHAKY);
             }
         }
         let wall = self.cluster.raise_wall(pairs);
-        self.troubles.walls.push((wall, until));
+        self.troubles.walls.push((wall, until, is_of_clients));
+        true
     }
 
     fn is_in_trouble_for(&mut self, party: Party, trouble: Trouble, span: Duration) {
@@ -727,12 +748,12 @@ impl Run {
     fn undo(&mut self, all: bool) {
         let now = self.cluster.now();
         self.troubles.shaky.retain(|_, until| *until > now);
-        for (wall, until) in std::mem::take(&mut self.troubles.walls) {
+        for (wall, until, is_of_clients) in std::mem::take(&mut self.troubles.walls) {
             if all || until <= now {
                 self.say(|_| "a wall is pulled down".to_owned());
                 self.cluster.pull_down(wall);
             } else {
-                self.troubles.walls.push((wall, until));
+                self.troubles.walls.push((wall, until, is_of_clients));
             }
         }
         let over = self.troubles.parties.iter().filter(|(_, (_, until))| all || *until <= now);

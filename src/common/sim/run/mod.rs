@@ -7,8 +7,9 @@
 //! liveness, everything that was there is there again and runs undisturbed: within
 //! [`TO_REST`] every client must have its answer, every group must be at its target,
 //! nothing may be pending, the rebalancing must be complete, and each key must be on
-//! exactly the servers of its target. In the third, which some runs have, all of it
-//! loses power at once, and must come to rest with the same data.
+//! exactly the servers of its target; and then it must do what it is there for, each
+//! key written and read and each lock granted. In the third, which some runs have, all of
+//! it loses power at once, and must come to rest with the same data, and be of use.
 //!
 //! A disk is lost for good only while each group has a healthy ready replica
 //! elsewhere, and nothing else happens until the others have noticed: what
@@ -284,10 +285,10 @@ impl Run {
         let end = Time::default() + self.options.busy;
         self.go_on_until(end)?;
         self.heal()?;
-        self.come_to_rest()?;
+        self.come_to_rest_and_use()?;
         if self.options.power {
             self.lose_power()?;
-            self.come_to_rest()?;
+            self.come_to_rest_and_use()?;
         }
         self.judge_history()
     }
@@ -386,6 +387,8 @@ impl Run {
             Some("the group of viewleaders is not as it is to be".to_owned())
         } else if let Some(site) = council.members().find(is_behind) {
             Some(format!("{} has an old view", self.cluster.name(Party::Viewleader(site))))
+        } else if let Some(difference) = self.cluster.differing(council.members()) {
+            Some(difference)
         } else if let Some(out) = alive.iter().find(|server| !is_member(server)) {
             Some(format!("{} is not in", self.cluster.name_of(*out)))
         } else if let Some(late) = alive.iter().find(|at| !self.cluster.is_leased(**at)) {
@@ -407,7 +410,15 @@ impl Run {
         }
     }
 
-    /// No faults any more: everything must come to rest, and be where it belongs.
+    /// No faults any more: everything must come to rest, and work; what was written then is
+    /// where it belongs as well.
+    fn come_to_rest_and_use(&mut self) -> Judgement {
+        self.come_to_rest()?;
+        self.put_to_use()?;
+        self.come_to_rest()
+    }
+
+    /// Everything must come to rest, and be where it belongs.
     fn come_to_rest(&mut self) -> Judgement {
         let deadline = self.cluster.now() + TO_REST;
         let (mut since, mut said) = (self.cluster.now(), String::new());

@@ -45,6 +45,8 @@ pub struct Options {
     pub max_servers: usize,
     /// How many servers of a hundred have a disk that is synced only now and then.
     pub lazy: u32,
+    /// Whether some servers have shorter leases than others, in each of their lives anew.
+    pub leases: bool,
     /// How many keys there are.
     pub keys: usize,
     /// Whether newcomers like to stand right at a key, or right behind one.
@@ -115,6 +117,7 @@ impl Options {
             servers,
             max_servers: rng.random_range(servers.max(3)..=7),
             lazy: [0, 0, 0, 30, 100][rng.random_range(0..5)],
+            leases: rng.random_bool(0.3),
             keys: rng.random_range(1..=12),
             edges: rng.random_bool(0.6),
             writers: rng.random_range(1..=6),

@@ -10,7 +10,7 @@
 //! have a time to live may die at any moment.
 
 use super::super::{Judgement, NEVER, Run};
-use super::{Job, State, Step, Task};
+use super::{Job, State, Step, Task, Trade};
 use crate::kv::Text;
 use crate::machine::Time;
 use crate::sim::linearizability::Call;
@@ -25,7 +25,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// How many locks there are.
-const LOCKS: usize = 2;
+pub(super) const LOCKS: usize = 2;
 
 /// For how long a lock is held at most, in milliseconds.
 const HOLDS_MS: u64 = 2000;
@@ -35,6 +35,9 @@ const TTL_MS: std::ops::Range<u64> = 300..4000;
 
 /// A holder with a time to live gives so many signs of life in it.
 const SIGNS: u32 = 4;
+
+/// For how long the witness lets its request wait, in milliseconds.
+const WITNESS_WAITS_MS: u64 = 1000;
 
 /// How long before the end of its time somebody wakes at the last moment, in milliseconds.
 const LAST_MOMENT_MS: std::ops::Range<u64> = 1..50;
@@ -124,6 +127,20 @@ impl Run {
         }
     }
 
+    /// To hold the lock of this number for a moment.
+    pub(super) fn wish_of_witness(&mut self, client: usize, number: usize) -> Wish {
+        let who = format!("{client}-{}", self.clients.all[client].jobs);
+        Wish {
+            lock: format!("lock-{number}"),
+            requestor: who.clone(),
+            who,
+            manner: Manner::default(),
+            wait_ms: Some(WITNESS_WAITS_MS),
+            request: Some(self.rng.random()),
+            release: Some(self.rng.random()),
+        }
+    }
+
     /// When a time to live is over that the client counts from `sent` on.
     fn end_of_time(&self, client: usize, sent: Time, ttl_ms: Option<u64>) -> Time {
         let rate = 1_000_000 + self.clients.all[client].fast_by;
@@ -166,6 +183,10 @@ impl Run {
             return self.fails("locks", what);
         }
         let holds = Duration::from_millis(self.rng.random_range(0..HOLDS_MS));
+        if self.clients.all[client].trade == Trade::Witness {
+            self.then(client, Duration::ZERO, Job::Unlock { wish, late: false });
+            return Ok(());
+        }
         // Without numbers, what was sent in vain may be heard after the lock is given back.
         if task.was_silent && wish.request.is_none() {
             self.then(client, holds, Job::Unlock { wish, late: true });
@@ -256,9 +277,14 @@ impl Run {
                     return self.fails("locks", what);
                 }
             }
-            Some(_) => {
+            Some(said) => {
+                if now < held.until {
+                    let Wish { lock, who, .. } = &held.wish;
+                    let left = held.until.since(now);
+                    let what = format!("{who} has lost {lock} {left:?} before its time: {said}");
+                    return self.fails("locks", what);
+                }
                 self.locks.leaves(&held.wish.lock, &held.wish.who);
-                held.until = now;
             }
             None => held.keep_at = self.next_sign(now, ttl_ms),
         }

@@ -6,6 +6,7 @@
 
 use super::super::{NEVER, Run};
 use super::{Job, State, Step, Task};
+use crate::kv::messages::{Public, Setr};
 use crate::kv::operation::{Conclusion, Event, Next, Question, Whom};
 use crate::machine::Time;
 use crate::sim::cluster::{Answered, MAX_HINTS, Silence, not_leader};
@@ -157,6 +158,10 @@ impl Run {
                         event = Event::Silence { sent: true, closed: true, why };
                         continue;
                     }
+                    let is_commit = |setr: &Setr| task.is_original && !setr.direct;
+                    task.commits += usize::from(
+                        matches!(&question, Question::Server(Public::Setr(it)) if is_commit(it)),
+                    );
                     let (addresses, is_walk) = match whom {
                         Whom::AnyServer => (self.named_servers(), true),
                         Whom::Viewleader => (self.viewleaders_for(client), true),
@@ -189,12 +194,13 @@ impl Run {
     /// when it is over.
     pub(super) fn walked(&mut self, rpc: Rpc, answered: Answered) -> Option<(usize, Event)> {
         let client = self.clients.calls.remove(&rpc)?;
-        let State::Busy(mut task) = std::mem::replace(
-            &mut self.clients.all[client].state,
-            State::Idle { next: NEVER, then: None },
-        ) else {
+        let state = &mut self.clients.all[client].state;
+        // Who asked may have died, and be about to come back as somebody else.
+        if matches!(state, State::Idle { .. }) {
             return None;
-        };
+        }
+        let idle = State::Idle { next: NEVER, then: None };
+        let State::Busy(mut task) = std::mem::replace(state, idle) else { return None };
         let event = match &mut task.step {
             Step::Asking { rpc: current, walk } if *current == rpc => {
                 task.was_silent |= may_come_later(&answered);

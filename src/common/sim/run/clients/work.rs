@@ -7,9 +7,10 @@ use crate::kv::Text;
 use crate::kv::content::Fence;
 use crate::kv::messages::{Delete, Get, Setr};
 use crate::kv::operation::{self, Command, Conclusion, Event, Verdict};
-use crate::kv::ring::REPLICAS;
+use crate::kv::ring::Point;
 use crate::machine::Time;
 use crate::sim::linearizability::{Call, Operation, Outcome};
+use crate::view::Revision;
 use rand::RngExt;
 use serde_json::Value;
 use std::time::Duration;
@@ -98,7 +99,7 @@ impl Run {
             Trade::Reader => Job::Ask { key, call: Call::Read },
             Trade::Original => Job::Ask { key, call: Call::Write { value: self.value(client) } },
             Trade::Writer => self.next_write(client, key),
-            Trade::Operator => unreachable!("an operator does what it is told"),
+            Trade::Operator | Trade::Witness => unreachable!("they do what they are told"),
             Trade::Locker => Job::Lock(self.wish_for_lock(client)),
         }
     }
@@ -138,7 +139,7 @@ impl Run {
                 command(address)
             }
             Job::Lock(wish) => {
-                self.locks.asks(wish.claim());
+                self.locks.asks(self.cluster.now(), wish.claim());
                 Command::LockGet(wish.call())
             }
             Job::Keep => match &self.clients.all[client].held {
@@ -159,6 +160,8 @@ impl Run {
         let mut task = Task {
             program: is_program.then(|| operation::Operation::new(command)),
             is_original,
+            commits: 0,
+            group: self.group_of(&job),
             was_silent: false,
             began,
             asked_at: now,
@@ -359,12 +362,22 @@ impl Run {
         }
     }
 
+    /// The version of the group of the key that the job is about.
+    fn group_of(&self, job: &Job) -> Option<Revision> {
+        let Job::Ask { key, .. } = job else { return None };
+        let view = self.cluster.view();
+        view.group_at(Point::of(key)).map(|index| view.groups[index].version)
+    }
+
     /// Adds the task to the history.
     fn write_down(&mut self, client: usize, task: &Task, outcome: Option<Outcome>) {
         let Job::Ask { key, call } = &task.job else { return };
         // A read that was not answered says nothing.
         if outcome.is_none() && *call == Call::Read {
             return;
+        }
+        if *call == Call::Delete {
+            self.copies.deleted(key, outcome.as_ref());
         }
         let shown = match &outcome {
             Some(Outcome::Done { version }) => {
@@ -388,18 +401,41 @@ impl Run {
         if let Some(version) = shown {
             self.copies.shown(key, version);
         }
-        if task.is_original {
-            // Its commits come to each replica, and nothing in them says whose they are:
-            // one that comes to a primary which knows nothing of the first ones, under
-            // the vote of another client, is a write of its own.
-            let again = Operation::new(client as u64, Text::clone(key), call.clone(), task.began);
-            self.history.extend(vec![again; REPLICAS - 1]);
-        }
+        // The commits of an original come to each replica, and nothing in them says whose
+        // they are: one that comes under the vote of another client is a write of its own,
+        // and so is one that comes to a primary which knows nothing of the first ones.
+        let is_alone = !self.votes_of_others(client, task);
+        let is_of_one = is_alone && !task.was_silent && task.group == self.group_of(&task.job);
+        let again = if is_of_one { 0 } else { task.commits.saturating_sub(1) };
+        let write = Operation::new(client as u64, Text::clone(key), call.clone(), task.began);
+        self.history.extend(vec![write; again]);
         let operation = Operation::new(client as u64, Text::clone(key), call.clone(), task.began);
         let end = self.tell_moment();
+        if task.is_original {
+            // What was not answered may be there for long.
+            let over = if task.was_silent || outcome.is_none() { u64::MAX } else { end };
+            let voted = self.clients.all[client].voted.entry(Text::clone(key)).or_default();
+            *voted = over.max(*voted);
+        }
         self.history.push(match outcome {
             Some(outcome) => operation.ended(end, outcome),
             None => operation,
         });
+    }
+
+    /// Whether another client may have voted for the key of the task while that went on.
+    fn votes_of_others(&self, client: usize, task: &Task) -> bool {
+        let Job::Ask { key, .. } = &task.job else { return false };
+        let is_at_it = |state: &State| match state {
+            State::Busy(other) => {
+                other.is_original
+                    && matches!(&other.job, Job::Ask { key: theirs, .. } if theirs == key)
+            }
+            State::Idle { .. } => false,
+        };
+        let others = self.clients.all.iter().enumerate().filter(|(other, _)| *other != client);
+        others.map(|(_, other)| other).any(|other| {
+            is_at_it(&other.state) || other.voted.get(key).is_some_and(|end| *end > task.began)
+        })
     }
 }

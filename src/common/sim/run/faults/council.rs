@@ -98,11 +98,12 @@ impl Run {
         }
     }
 
-    pub(super) fn harm_viewleaders(&mut self, fault: Fault, span: Duration) {
+    /// Returns whether anybody was harmed.
+    pub(super) fn harm_viewleaders(&mut self, fault: Fault, span: Duration) -> bool {
         if fault == Fault::AddViewleader {
             return self.add_viewleader();
         }
-        let Some(site) = self.pick_viewleader() else { return };
+        let Some(site) = self.pick_viewleader() else { return false };
         let party = Party::Viewleader(site);
         match fault {
             Fault::KillViewleaders => {
@@ -138,6 +139,7 @@ impl Run {
                 self.is_in_trouble_for(party, Trouble::Down, span / 2);
             }
         }
+        true
     }
 
     /// The disk of the viewleader at `site` is lost. Another one comes there after `span`,
@@ -174,7 +176,7 @@ impl Run {
         self.troubles.note_due();
     }
 
-    fn add_viewleader(&mut self) {
+    fn add_viewleader(&mut self) -> bool {
         let seats = &self.troubles.council.seats;
         let out = seats.iter().filter(|(_, seat)| **seat == Seat::Out).map(|(site, _)| *site);
         let out: Vec<usize> = out.collect();
@@ -186,10 +188,11 @@ impl Run {
             self.cluster.renew_viewleader(*site);
             *site
         } else {
-            return;
+            return false;
         };
         self.troubles.council.seats.insert(site, Seat::Coming);
         self.wish_for_viewleader(site, true);
+        true
     }
 
     /// The operator's wish about the viewleader at `site` is fulfilled.
