@@ -7,6 +7,12 @@
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use ringleader::consensus::log;
+use ringleader::consensus::message::{Hello, Receipt};
+use ringleader::consensus::requests::{GroupRequest, Kind, NotLeader};
+use ringleader::gfs::messages::{
+    BeatReply, Census, ChunkReply, ChunkRequest, LeaseGranted, Listed, Located, MasterRequest,
+    Packet, append_packet,
+};
 use ringleader::kv::disk::{Person, Recovered};
 use ringleader::kv::messages::{Answer, Request};
 use ringleader::kv::operation::{Command, Event, Next, Operation, Whom};
@@ -23,7 +29,8 @@ use ringleader::view::messages::{
     Health, HeartbeatReply, LockCall, RebalanceStatus, ViewAnswer, ViewRequest,
 };
 use ringleader::view::state::State;
-use ringleader::wire::{Decoder, HostPort, Identity, Refusal, append_frame};
+use ringleader::wire::frame::HEADER_BYTES;
+use ringleader::wire::{Decoder, HostPort, Identity, Refusal, append_frame, command_of};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::VecDeque;
@@ -43,12 +50,17 @@ pub(crate) struct Target {
 }
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 13] = [
+pub(crate) const TARGETS: [Target; 18] = [
     Target { name: "frames", run: frames },
     Target { name: "server_request", run: server_request },
     Target { name: "viewleader_request", run: viewleader_request },
     Target { name: "peer_answer", run: peer_answer },
     Target { name: "viewleader_answer", run: viewleader_answer },
+    Target { name: "group_request", run: group_request },
+    Target { name: "group_answer", run: group_answer },
+    Target { name: "master_request", run: master_request },
+    Target { name: "chunk_request", run: chunk_request },
+    Target { name: "file_system_answer", run: file_system_answer },
     Target { name: "client", run: client },
     Target { name: "server", run: server },
     Target { name: "viewleader", run: viewleader },
@@ -117,6 +129,63 @@ fn viewleader_answer(bytes: &[u8]) -> String {
         there_and_back(bytes, json::<RebalanceStatus>),
     ]
     .join(" ")
+}
+
+/// What viewleaders ask each other, and what masters do.
+fn group_request(bytes: &[u8]) -> String {
+    let read = |kind: Kind| {
+        move |bytes: &[u8]| {
+            let request = GroupRequest::decode(kind, &command_of(bytes)?, bytes)?;
+            let request = request.map(|request| request.to(kind));
+            request.ok_or_else(|| Refusal::invalid("it is not for a group"))
+        }
+    };
+    [Kind::VIEWLEADER, Kind::MASTER].map(|kind| there_and_back(bytes, read(kind))).join(" ")
+}
+
+fn group_answer(bytes: &[u8]) -> String {
+    [
+        there_and_back(bytes, json::<Hello>),
+        there_and_back(bytes, json::<Receipt>),
+        there_and_back(bytes, json::<NotLeader>),
+    ]
+    .join(" ")
+}
+
+fn master_request(bytes: &[u8]) -> String {
+    there_and_back_with_data(bytes, Packet::<MasterRequest>::request)
+}
+
+fn chunk_request(bytes: &[u8]) -> String {
+    there_and_back_with_data(bytes, Packet::<ChunkRequest>::request)
+}
+
+fn file_system_answer(bytes: &[u8]) -> String {
+    [
+        there_and_back_with_data(bytes, Packet::<ChunkReply>::reply),
+        there_and_back_with_data(bytes, Packet::<BeatReply>::reply),
+        there_and_back_with_data(bytes, Packet::<Listed>::reply),
+        there_and_back_with_data(bytes, Packet::<Located>::reply),
+        there_and_back_with_data(bytes, Packet::<LeaseGranted>::reply),
+        there_and_back_with_data(bytes, Packet::<Census>::reply),
+    ]
+    .join(" ")
+}
+
+fn there_and_back_with_data<M: Serialize + PartialEq + Debug>(
+    bytes: &[u8],
+    read: impl Fn(&[u8]) -> Result<Packet<M>, Refusal>,
+) -> String {
+    match read(bytes) {
+        Ok(packet) => {
+            let mut frame = Vec::new();
+            let written = append_packet(&mut frame, &packet.message, &packet.data);
+            written.expect("it fits in a frame");
+            assert_eq!(read(&frame[HEADER_BYTES..]).expect("what we write is understood"), packet);
+            word(&format!("{packet:?}"))
+        }
+        Err(error) => word(&format!("{error:?}")),
+    }
 }
 
 fn json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, serde_json::Error> {
