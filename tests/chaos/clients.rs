@@ -18,7 +18,7 @@ const KEYS: u64 = 6;
 
 /// How long a key is in use: then others take its place, and it is read now and
 /// then. So no key's history grows without bound.
-const GENERATION: Duration = Duration::from_secs(20);
+pub(super) const GENERATION: Duration = Duration::from_secs(20);
 
 /// How long a client waits for the answer to a write. Longer than most, and shorter
 /// than the servers' own patience: some outcomes remain unknown.
@@ -108,29 +108,41 @@ impl Drop for Clients {
 }
 
 impl Seen {
-    /// Asks each of `servers` for every key that was ever used.
-    pub(crate) fn read_everything(&mut self, servers: &[SocketAddrV4]) {
+    /// Writes a few keys, each through another one of `servers`: that all is at rest is not
+    /// enough. Then asks each of them for every key that was ever used.
+    pub(crate) fn use_everything(&mut self, servers: &[SocketAddrV4]) {
+        for (number, &server) in (0..KEYS).zip(servers.iter().cycle()) {
+            let key = format!("last key {number}").into();
+            let write = Call::Write { value: format!("last {number}").into() };
+            self.insist(2000 + number, server, &[key], &write);
+        }
         let keys: BTreeSet<Text> =
             self.history.iter().map(|operation| Text::clone(&operation.key)).collect();
+        let keys: Vec<Text> = keys.into_iter().collect();
         for (number, &server) in servers.iter().enumerate() {
-            let servers = Mutex::new(vec![server]);
-            let origin = self.origin.expect("clients that have ended");
-            let shared = Arc::new(Shared { origin, servers, end: AtomicBool::new(false) });
-            let rng = StdRng::seed_from_u64(0);
-            let mut client = Client::new(1000 + number as u64, rng, shared);
-            for key in &keys {
-                let deadline = Instant::now() + LAST_PATIENCE;
-                // A server may hear of the last change of the view a moment later.
-                while !client.ask(key, Call::Read) {
-                    if Instant::now() > deadline {
-                        client.seen.strange.push(format!("{key} can't be read from {server}"));
-                        break;
-                    }
+            self.insist(1000 + number as u64, server, &keys, &Call::Read);
+        }
+    }
+
+    /// One more client does this with each of `keys` through `server`, again until it is
+    /// done.
+    fn insist(&mut self, number: u64, server: SocketAddrV4, keys: &[Text], call: &Call) {
+        let servers = Mutex::new(vec![server]);
+        let origin = self.origin.expect("clients that have ended");
+        let shared = Arc::new(Shared { origin, servers, end: AtomicBool::new(false) });
+        let mut client = Client::new(number, StdRng::seed_from_u64(0), shared);
+        for key in keys {
+            let deadline = Instant::now() + LAST_PATIENCE;
+            // A server may hear of the last change of the view a moment later.
+            while !client.ask(key, call.clone()) {
+                if Instant::now() > deadline {
+                    client.seen.strange.push(format!("in the end, {server}: no {call:?} of {key}"));
+                    break;
                 }
             }
-            self.history.extend(client.seen.history);
-            self.strange.extend(client.seen.strange);
         }
+        self.history.extend(client.seen.history);
+        self.strange.extend(client.seen.strange);
     }
 }
 
@@ -162,7 +174,10 @@ impl Client {
             let key = self.rng.random_range(0..KEYS);
             if self.rng.random_ratio(1, 20) {
                 let generation = self.rng.random_range(0..=now);
+                let known = self.known.clone();
                 self.ask(&format!("key {generation}.{key}").into(), Call::Read);
+                // Nobody writes to it any more.
+                self.known = known;
             } else if self.stays() || self.rng.random() {
                 self.ask(&format!("key {now}.{key}").into(), Call::Read);
             } else {

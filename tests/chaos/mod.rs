@@ -115,7 +115,7 @@ pub(crate) fn run(settings: Settings) -> Report {
     let mut seen = clients.end();
     locked.add_to(&mut seen);
     if !interrupted && rest.is_ok() {
-        seen.read_everything(&programs.serving());
+        seen.use_everything(&programs.serving());
     }
     let started = Instant::now();
     let verdict = check(&seen.history, MAX_STEPS);

@@ -1,6 +1,6 @@
 //! What is said of a run.
 
-use super::clients::Seen;
+use super::clients::{GENERATION, Seen};
 use ringleader::sim::linearizability::{Call, Operation, Outcome, Verdict};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -44,9 +44,13 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Nothing is wrong.
+    /// Something was done, and nothing is wrong.
     pub(crate) fn is_fine(&self) -> bool {
-        self.verdict.is_fine()
+        let has_begun = self.count(|it| is_read(it) && is_done(it)) > 0
+            && self.count(|it| !is_read(it) && is_done(it)) > 0
+            && (self.interrupted || !self.faults.is_empty());
+        has_begun
+            && self.verdict.is_fine()
             && self.rest.is_ok()
             && self.mishaps.is_empty()
             && self.seen.strange.is_empty()
@@ -80,36 +84,36 @@ impl Report {
     }
 }
 
-/// The longest that each key was out of reach while it was in use, as its clients saw
-/// it: from the first question after an answer until the next answer, or until the
-/// last write was begun. (Later on a key is asked for too rarely to tell.)
+/// The longest that each key was out of reach, as its clients saw it: from the first
+/// question after an answer until the next answer. A key of a generation goes on as the
+/// one that takes its place in the next; what is asked for later is not counted.
 fn gaps(history: &[Operation]) -> Vec<(Duration, &str)> {
     #[derive(Default)]
     struct Times {
         asked: Vec<u64>,
         served: Vec<u64>,
-        last_write: u64,
     }
     let mut keys: BTreeMap<&str, Times> = BTreeMap::new();
     for operation in history {
-        let times = keys.entry(&operation.key).or_default();
+        let generation = Duration::from_micros(operation.began).as_secs() / GENERATION.as_secs();
+        let name = operation.key.strip_prefix(&format!("key {generation}."));
+        let Some(name) = name else { continue };
+        let times = keys.entry(name).or_default();
         times.asked.push(operation.began);
-        if operation.call != Call::Read {
-            times.last_write = times.last_write.max(operation.began);
-        }
         match operation.end {
             None | Some((_, Outcome::Refused)) => {}
             Some((at, _)) => times.served.push(at),
         }
     }
+    let end = keys.values().flat_map(|times| &times.asked).max().copied().unwrap_or_default();
     let mut gaps = Vec::new();
-    for (key, Times { mut asked, mut served, last_write }) in keys {
-        served.extend([0, last_write]);
+    for (key, Times { mut asked, mut served }) in keys {
+        served.extend([0, end]);
         asked.sort_unstable();
         served.sort_unstable();
         let longest = served.windows(2).filter_map(|pair| {
             let first = *asked.get(asked.partition_point(|&at| at <= pair[0]))?;
-            Some(pair[1].min(last_write).saturating_sub(first))
+            Some(pair[1].saturating_sub(first))
         });
         gaps.push((Duration::from_micros(longest.max().unwrap_or(0)), key));
     }
@@ -118,11 +122,16 @@ fn gaps(history: &[Operation]) -> Vec<(Duration, &str)> {
     gaps
 }
 
+fn is_read(operation: &Operation) -> bool {
+    operation.call == Call::Read
+}
+
+fn is_done(operation: &Operation) -> bool {
+    !matches!(operation.end, None | Some((_, Outcome::Refused)))
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let is_read = |operation: &Operation| operation.call == Call::Read;
-        let is_done =
-            |operation: &Operation| !matches!(operation.end, None | Some((_, Outcome::Refused)));
         let is_refused =
             |operation: &Operation| matches!(operation.end, Some((_, Outcome::Refused)));
         writeln!(f, "seed {}, {:?} of faults, {}", self.seed, self.span, self.place)?;
