@@ -12,7 +12,8 @@
 //! What was submitted by one thread is committed in that order, and callbacks
 //! come in the order of the commits. A refusal concerns only what was refused:
 //! what was submitted after it may be committed. Whoever submits changes that
-//! build upon each other must stop at the first refusal.
+//! build upon each other must stop at the first refusal; or have a committer that
+//! waits while the disk is full ([`Committer::start_patient`]).
 
 use super::{Change, Durability, SYNC_INTERVAL, Store, StoreError};
 use crate::net::threads;
@@ -47,6 +48,9 @@ const CROWD: usize = 4;
 /// are served, and each of them sooner.
 const LINGER: Duration = Duration::from_micros(300);
 
+/// How often a full disk is looked at again.
+const ROOM_GLANCE: Duration = Duration::from_millis(200);
+
 // A group can gather while another one is committed.
 const _: () = assert!(2 * MAX_GROUP <= MAX_QUEUED && 2 * MAX_GROUP_BYTES <= MAX_QUEUED_BYTES);
 
@@ -54,6 +58,12 @@ struct Submission<T> {
     changes: Vec<Change>,
     bytes: usize,
     tag: T,
+}
+
+impl<T> Submission<T> {
+    fn only_removes(&self) -> bool {
+        self.changes.iter().all(|change| matches!(change, Change::Remove { .. }))
+    }
 }
 
 /// What waits for the thread. (A channel would do; but a channel's receiver has one
@@ -70,6 +80,17 @@ struct Queued<T> {
     is_asleep: bool,
     /// Nothing more will come.
     is_closed: bool,
+}
+
+impl<T> Queued<T> {
+    /// Takes what only removes.
+    fn take_removals(&mut self) -> VecDeque<Submission<T>> {
+        let queued = std::mem::take(&mut self.submissions).into_iter();
+        let (removals, rest) = queued.partition(Submission::only_removes);
+        self.submissions = rest;
+        self.bytes -= removals.iter().map(|submission: &Submission<T>| submission.bytes).sum::<usize>();
+        removals
+    }
 }
 
 impl<T> Queue<T> {
@@ -113,12 +134,38 @@ impl<T: Send + 'static> Committer<T> {
         store: S,
         done: impl Fn(Vec<T>, Result<(), StoreError>) + Send + 'static,
     ) -> io::Result<Self> {
+        Self::start_with(name, store, None, done)
+    }
+
+    /// Starts one that refuses nothing because the disk is full: that waits, in its
+    /// order, until there is room. What only removes is committed meanwhile, as far as
+    /// the store takes it: that makes room. `room` takes whether there is any, when
+    /// that changes. When it is dropped while the disk is full, what still waits is
+    /// refused.
+    ///
+    /// # Errors
+    /// When the system has no room for another thread.
+    pub fn start_patient<S: Store>(
+        name: &str,
+        store: S,
+        room: impl Fn(bool) + Send + 'static,
+        done: impl Fn(Vec<T>, Result<(), StoreError>) + Send + 'static,
+    ) -> io::Result<Self> {
+        Self::start_with(name, store, Some(Box::new(room)), done)
+    }
+
+    fn start_with<S: Store>(
+        name: &str,
+        store: S,
+        room: Option<Room>,
+        done: impl Fn(Vec<T>, Result<(), StoreError>) + Send + 'static,
+    ) -> io::Result<Self> {
         let (submissions, bytes) = (VecDeque::new(), 0);
         let state = Queued { submissions, bytes, is_asleep: false, is_closed: false };
         let queue = Arc::new(Queue { state: Mutex::new(state), changed: Condvar::new() });
         let own = Arc::clone(&queue);
         let worker =
-            Worker { store, last_group: 0, done, queue: own, sync_due: None, failed: None };
+            Worker { store, last_group: 0, done, room, queue: own, sync_due: None, failed: None };
         let thread = threads::start(name, move || worker.run())?;
         Ok(Self { queue, thread: Some(thread) })
     }
@@ -156,11 +203,16 @@ impl<T> Drop for Committer<T> {
     }
 }
 
+/// Takes whether the disk has room.
+type Room = Box<dyn Fn(bool) + Send>;
+
 struct Worker<S, T, D> {
     store: S,
     /// How many submissions the last group held.
     last_group: usize,
     done: D,
+    /// Whom a patient one tells whether there is room.
+    room: Option<Room>,
     queue: Arc<Queue<T>>,
     /// With [`Durability::Interval`], when what was committed must be synced.
     sync_due: Option<Instant>,
@@ -223,7 +275,17 @@ impl<S: Store, T, D: Fn(Vec<T>, Result<(), StoreError>)> Worker<S, T, D> {
             batch.append(&mut submission.changes);
         }
         let outcome = self.try_commit(&batch);
-        if matches!(outcome, Err(StoreError::Full { .. })) && group.len() > 1 {
+        let is_full = matches!(outcome, Err(StoreError::Full { .. }));
+        if is_full && let Some(room) = self.room.take() {
+            let mut changes = batch.into_iter();
+            for (submission, length) in group.iter_mut().zip(lengths) {
+                submission.changes.extend(changes.by_ref().take(length));
+            }
+            room(false);
+            self.wait_for_room(group);
+            room(true);
+            self.room = Some(room);
+        } else if is_full && group.len() > 1 {
             // There may be room for each that is small, or that removes.
             let mut batch = &batch[..];
             for (submission, length) in group.into_iter().zip(lengths) {
@@ -235,6 +297,40 @@ impl<S: Store, T, D: Fn(Vec<T>, Result<(), StoreError>)> Worker<S, T, D> {
         } else {
             (self.done)(group.into_iter().map(|submission| submission.tag).collect(), outcome);
         }
+    }
+
+    /// Commits what a full disk refused, each on its own, once there is room.
+    fn wait_for_room(&mut self, group: Vec<Submission<T>>) {
+        let queue = Arc::clone(&self.queue);
+        let (mut removals, mut rest): (VecDeque<_>, VecDeque<_>) =
+            group.into_iter().partition(Submission::only_removes);
+        loop {
+            removals.append(&mut queue.state().take_removals());
+            let removed = self.commit_in_order(&mut removals);
+            let Err(full) = removed.and_then(|()| self.commit_in_order(&mut rest)) else { return };
+            if queue.state().is_closed {
+                let tags = removals.into_iter().chain(rest).map(|submission| submission.tag);
+                return (self.done)(tags.collect(), Err(full));
+            }
+            std::thread::sleep(ROOM_GLANCE);
+        }
+    }
+
+    /// Commits them one after the other, as far as there is room.
+    fn commit_in_order(
+        &mut self,
+        submissions: &mut VecDeque<Submission<T>>,
+    ) -> Result<(), StoreError> {
+        while let Some(first) = submissions.pop_front() {
+            match self.try_commit(&first.changes) {
+                Err(full @ StoreError::Full { .. }) => {
+                    submissions.push_front(first);
+                    return Err(full);
+                }
+                outcome => (self.done)(vec![first.tag], outcome),
+            }
+        }
+        Ok(())
     }
 
     fn try_commit(&mut self, batch: &[Change]) -> Result<(), StoreError> {
@@ -527,6 +623,44 @@ mod tests {
         trial.permit(1);
         committer.submit(put(3), 3).unwrap();
         assert_eq!(next(&done), (vec![3], Ok(())));
+    }
+
+    #[test]
+    fn a_patient_one_refuses_nothing_and_lets_only_removals_overtake() {
+        let trial = Trial::new(|state| state.is_full = true);
+        let ((sender, done), (told, room)) = (unbounded(), unbounded());
+        let committer = Committer::start_patient(
+            "committer",
+            trial.clone(),
+            move |is_room| told.send(is_room).unwrap(),
+            move |tags, outcome| sender.send((tags, outcome)).unwrap(),
+        );
+        let committer = committer.unwrap();
+        trial.permit(10_000);
+        for key in 0..3 {
+            committer.submit(put(key), key).unwrap();
+        }
+        assert_eq!(room.recv_timeout(PATIENCE), Ok(false));
+        committer.submit(put(3), 3).unwrap();
+        committer.submit(vec![Change::remove(Space::Entries, "1")], 4).unwrap();
+        committer.submit(put(1), 5).unwrap();
+        assert_eq!(next(&done), (vec![4], Ok(())));
+        assert!(done.try_recv().is_err(), "there was no room for it");
+        trial.state().is_full = false;
+        let mut tags = Vec::new();
+        while tags.len() < 5 {
+            let (more, outcome) = next(&done);
+            assert_eq!(outcome, Ok(()));
+            tags.extend(more);
+        }
+        assert_eq!(tags, [0, 1, 2, 3, 5]);
+        assert_eq!(room.recv_timeout(PATIENCE), Ok(true));
+        // It ends even while the disk is full.
+        trial.state().is_full = true;
+        committer.submit(put(6), 6).unwrap();
+        assert_eq!(room.recv_timeout(PATIENCE), Ok(false));
+        drop(committer);
+        assert!(matches!(next(&done), (tags, Err(StoreError::Full { .. })) if tags == [6]));
     }
 
     #[test]
