@@ -11,7 +11,7 @@ use crate::gfs::chunkserver::{ChunkServer, Effect, Input, MASTER_PATIENCE, Setti
 use crate::gfs::messages::{
     BeatReply, ChunkReply, ChunkRequest, MasterRequest, Packet, append_packet,
 };
-use crate::gfs::vault::{Opened, RESERVE_BYTES, ReadTrouble, Vault};
+use crate::gfs::vault::{Opened, ReadTrouble, Vault};
 use crate::gfs::{BLOCK_BYTES, ChunkId};
 use crate::machine::{Machine, Time};
 use crate::store::Store;
@@ -215,8 +215,8 @@ impl ChunkShell {
 
     fn look_at_room(&self) {
         if let Some(vault) = self.vault.get() {
-            let (used, free) = vault.room();
-            self.step(Input::Room { used, free, full: free < RESERVE_BYTES });
+            let (used, free, full) = vault.room();
+            self.step(Input::Room { used, free, full });
         }
     }
 

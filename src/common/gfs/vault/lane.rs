@@ -22,8 +22,8 @@ const FLUSH_EVERY: Duration = Duration::from_secs(1);
 pub(super) enum Note {
     /// Something is to be done.
     Do { job: JobId, op: Op },
-    /// What was submitted has been committed, or could not be.
-    Committed { job: Option<JobId>, chunk: ChunkId, then: Then, trouble: Option<Trouble> },
+    /// What was submitted has been committed.
+    Committed { job: Option<JobId>, chunk: ChunkId, then: Then },
 }
 
 /// What remains to be done once a batch is committed.
@@ -53,6 +53,8 @@ struct Plan {
     held: VecDeque<(JobId, Op)>,
     /// What was written to the file and not synced.
     dirty: Vec<u64>,
+    /// Why something was not done: nothing that comes later must be done without it.
+    trouble: Option<Trouble>,
 }
 
 pub(super) struct Lane {
@@ -84,9 +86,7 @@ impl Lane {
         loop {
             match self.queue.recv_deadline(flush_at) {
                 Ok(Note::Do { job, op }) => self.take(job, op),
-                Ok(Note::Committed { job, chunk, then, trouble }) => {
-                    self.committed(job, chunk, then, trouble);
-                }
+                Ok(Note::Committed { job, chunk, then }) => self.committed(job, chunk, then),
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -104,13 +104,19 @@ impl Lane {
         {
             return plan.held.push_back((job, op));
         }
-        match self.begin(job, op) {
-            Ok(()) => {}
-            Err(error) => match trouble_of(&error) {
-                Some(trouble) => (self.shared.done)(job, Some(trouble)),
-                None => daemon::die(&format!("{chunk}: {error}; ending")),
-            },
+        let before = self.plans.get(&chunk).and_then(|plan| plan.trouble);
+        if before.is_some() && !matches!(op, Op::Delete { .. }) {
+            return (self.shared.done)(job, before);
         }
+        let Err(error) = self.begin(job, op) else { return };
+        let Some(trouble) = trouble_of(&error) else {
+            daemon::die(&format!("{chunk}: {error}; ending"));
+        };
+        if let Some(plan) = self.plans.get_mut(&chunk) {
+            tracing::error!("{chunk}: {error}: it is changed no more");
+            plan.trouble = Some(trouble);
+        }
+        (self.shared.done)(job, Some(trouble));
     }
 
     fn begin(&mut self, job: JobId, op: Op) -> io::Result<()> {
@@ -273,27 +279,16 @@ impl Lane {
         if let Some(plan) = self.plans.get_mut(&chunk) {
             plan.in_flight += 1;
         }
-        let note = Note::Committed { job, chunk, then, trouble: None };
-        self.shared.commit(changes, note);
+        self.shared.commit(changes, Some(Note::Committed { job, chunk, then }));
     }
 
-    fn committed(
-        &mut self,
-        job: Option<JobId>,
-        chunk: ChunkId,
-        then: Then,
-        trouble: Option<Trouble>,
-    ) {
+    fn committed(&mut self, job: Option<JobId>, chunk: ChunkId, then: Then) {
         let is_gone = matches!(then, Then::Unlink);
-        let finished = match trouble {
-            None => self.finish(chunk, then),
-            Some(_) => Ok(()),
-        };
-        if let Err(error) = finished {
+        if let Err(error) = self.finish(chunk, then) {
             daemon::die(&format!("{chunk}: {error}; ending, since its file is uncertain"));
         }
         if let Some(job) = job {
-            (self.shared.done)(job, trouble);
+            (self.shared.done)(job, None);
         }
         let Some(plan) = self.plans.get_mut(&chunk) else { return };
         plan.in_flight -= 1;
@@ -368,6 +363,7 @@ impl Plan {
             in_flight: 0,
             held: VecDeque::new(),
             dirty: Vec::new(),
+            trouble: None,
         }
     }
 

@@ -17,9 +17,16 @@
 //! committed together with its data first: one sync, which it shares with
 //! everybody who commits at that moment. Then it is written to the file, without a
 //! sync. A crash in between is made good by the next start, which writes it again.
-//! Once a second the files are synced, and what was kept for that is dropped.
+//! Once a second the files are synced, and what was kept for that is dropped. So is,
+//! before anything else is committed, what a start has written again.
 //!
 //! So the file and the checksums never disagree but by damage.
+//!
+//! # A full disk
+//! What does not fit in the store waits there, in its order, until it does, and
+//! whoever asks is told that there is no room. When a file does not take something, or
+//! it is damaged, then nothing that comes later for this copy is done either, but to
+//! delete it: a serial stands for all mutations up to it.
 //!
 //! # Threads
 //! Jobs for one chunk are done in their order by one of [`LANES`] threads. Readers
@@ -48,9 +55,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// What is changed in a file by no more than this, or below its end, is kept with
 /// the change until the file is synced.
@@ -62,6 +70,9 @@ pub const LANES: u64 = 4;
 /// How many jobs can wait for one of them. Chunkservers bound what is under way
 /// for each chunk; beyond this, whoever submits waits.
 const MAX_QUEUED: usize = 64 * 1024;
+
+/// How often a full queue is looked at again.
+const QUEUE_GLANCE: Duration = Duration::from_millis(1);
 
 /// With less room than this on its disk, a chunkserver takes nothing more.
 pub const RESERVE_BYTES: u64 = 512 * 1024 * 1024;
@@ -85,12 +96,15 @@ struct Shared {
     sheets: Sheets,
     /// The number of the next record that is kept with its data.
     next_redo: AtomicU64,
-    committer: Mutex<Option<Committer<Note>>>,
+    /// It commits for lanes, which are told; and for nobody.
+    committer: Mutex<Option<Committer<Option<Note>>>>,
+    /// The store waits until its disk has room.
+    is_full: Arc<AtomicBool>,
     done: Box<dyn Fn(JobId, Option<Trouble>) + Send + Sync>,
 }
 
-/// Copies of chunks on a disk. Dropping it commits what is queued, and waits until
-/// its threads have ended.
+/// Copies of chunks on a disk. Dropping it commits what is queued, if there is room,
+/// and waits until its threads have ended.
 pub struct Vault {
     shared: Arc<Shared>,
     lanes: Vec<Sender<Note>>,
@@ -145,13 +159,14 @@ impl Vault {
             }
         };
         fs::create_dir_all(dir.join("chunks"))?;
-        let mut read = records::read(&store)?;
-        let redone = redo(dir, &store, &mut read)?;
+        let read = records::read(&store)?;
+        let redone = redo(dir, &store, &read)?;
         let shared = Arc::new(Shared {
             dir: dir.to_owned(),
             sheets: Mutex::default(),
-            next_redo: AtomicU64::new(redone + 1),
+            next_redo: AtomicU64::new(redone.last().map_or(1, |last| last + 1)),
             committer: Mutex::default(),
+            is_full: Arc::default(),
             done: Box::new(done),
         });
         remove_strangers(dir, &read)?;
@@ -170,22 +185,36 @@ impl Vault {
             shared.sheets().insert(chunk, Arc::new(RwLock::new(sheet)));
             found.push(copy.found);
         }
-        let notes = lanes.clone();
-        let committer = Committer::start("committer", store, move |tags: Vec<Note>, result| {
-            let trouble = match result {
-                Ok(()) => None,
-                Err(StoreError::Full { .. }) => Some(Trouble::Full),
-                Err(error) => daemon::die(&format!("{error}; ending")),
-            };
-            for mut note in tags {
-                if let Note::Committed { chunk, trouble: told, .. } = &mut note {
-                    *told = trouble;
-                    // A lane ends only with the process.
-                    let _ = notes[lane_of(*chunk)].send(note);
+        let (notes, is_full) = (lanes.clone(), Arc::clone(&shared.is_full));
+        let room = move |is_room: bool| {
+            is_full.store(!is_room, Ordering::Relaxed);
+            if is_room {
+                tracing::warn!("the disk has room again");
+            } else {
+                tracing::error!("the disk is full: taking no writes until there is room");
+            }
+        };
+        let done = move |told: Vec<Option<Note>>, result| match result {
+            Ok(()) => {
+                for note in told.into_iter().flatten() {
+                    if let Note::Committed { chunk, .. } = note {
+                        // A lane ends only with the process.
+                        let _ = notes[lane_of(chunk)].send(note);
+                    }
                 }
             }
-        })?;
+            Err(StoreError::Full { .. }) => {
+                tracing::warn!("the disk is full: {} changes are lost with the end", told.len());
+            }
+            Err(error) => daemon::die(&format!("{error}; ending")),
+        };
+        let committer = Committer::start_patient("committer", store, room, done)?;
         *shared.committer.lock().unwrap_or_else(PoisonError::into_inner) = Some(committer);
+        // Before all else: it must not be written again over what comes later, nor into a
+        // chunk that is made under the number of one that is gone.
+        if !redone.is_empty() {
+            shared.commit(redone.into_iter().map(records::remove_redo).collect(), None);
+        }
         let started = queues.into_iter().enumerate();
         let started =
             started.map(|(number, lane)| threads::start(format!("lane {number}"), || lane.run()));
@@ -241,15 +270,17 @@ impl Vault {
         sheets.iter().map(|(chunk, sheet)| (*chunk, length(sheet))).collect()
     }
 
-    /// How many bytes of the disk are in use and free.
-    pub fn room(&self) -> (u64, u64) {
-        match statvfs(&self.shared.dir) {
+    /// How many bytes of the disk are in use and free, and whether that is too little
+    /// to take anything more.
+    pub fn room(&self) -> (u64, u64, bool) {
+        let (used, free) = match statvfs(&self.shared.dir) {
             Ok(disk) => {
                 let free = disk.f_bavail * disk.f_frsize;
                 (disk.f_blocks.saturating_sub(disk.f_bfree) * disk.f_frsize, free)
             }
             Err(_) => (0, 0),
-        }
+        };
+        (used, free, free < RESERVE_BYTES || self.shared.is_full.load(Ordering::Relaxed))
     }
 }
 
@@ -270,14 +301,17 @@ impl Shared {
         self.next_redo.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn commit(&self, changes: Vec<store::Change>, note: Note) {
-        let committer = self.committer.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(committer) = committer.as_ref() else { return };
-        let mut refused = committer.submit(changes, note);
-        // The queue is bounded in bytes: a moment later there is room.
-        while let Err((changes, note)) = refused {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-            refused = committer.submit(changes, note);
+    fn commit(&self, mut changes: Vec<store::Change>, mut note: Option<Note>) {
+        loop {
+            let committer = self.committer.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(running) = committer.as_ref() else { return };
+            match running.submit(changes, note) {
+                Ok(()) => return,
+                Err(refused) => (changes, note) = refused,
+            }
+            drop(committer);
+            // The queue is bounded: there is room a moment later, or once the disk has some.
+            std::thread::sleep(QUEUE_GLANCE);
         }
     }
 }
@@ -350,18 +384,18 @@ fn remove_strangers(dir: &Path, read: &BTreeMap<ChunkId, records::Read>) -> io::
     Ok(())
 }
 
-/// Writes again what was committed with its data. Returns the number of the last
-/// record.
+/// Writes again what was committed with its data. Returns the numbers of all records,
+/// also of chunks that are no more: they are done with.
 fn redo<S: Store>(
     dir: &Path,
     store: &S,
-    read: &mut BTreeMap<ChunkId, records::Read>,
-) -> Result<u64, Box<dyn std::error::Error>> {
-    let (mut last, mut failure) = (0, None);
+    read: &BTreeMap<ChunkId, records::Read>,
+) -> Result<Vec<u64>, Box<dyn std::error::Error>> {
+    let (mut numbers, mut failure) = (Vec::new(), None);
     let mut files: BTreeMap<ChunkId, File> = BTreeMap::new();
     store.scan(Space::Log, &[0], &mut |key, value| {
         let done = records::redo(key, value).and_then(|(number, chunk, offset, data)| {
-            last = number;
+            numbers.push(number);
             if !read.contains_key(&chunk) {
                 return Ok(());
             }
@@ -383,7 +417,7 @@ fn redo<S: Store>(
     for file in files.values() {
         file.sync_data()?;
     }
-    Ok(last)
+    Ok(numbers)
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@
 use super::*;
 use crate::gfs::messages::Data;
 use crate::gfs::{Serial, Version};
-use crate::store::Durability;
 use crate::store::disk::DiskStore;
+use crate::store::{Change, Durability};
 use crossbeam_channel::{Receiver, unbounded};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -12,8 +12,49 @@ use tempfile::TempDir;
 const CHUNK: ChunkId = ChunkId(1007);
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// By then files were synced, and what was kept for that was dropped.
+const FLUSHED: Duration = Duration::from_millis(2500);
+
+/// A store whose disk is full on demand.
+struct Limited {
+    store: DiskStore,
+    is_full: Arc<AtomicBool>,
+}
+
+impl Store for Limited {
+    fn durability(&self) -> Durability {
+        self.store.durability()
+    }
+
+    fn commit(&mut self, batch: &[Change]) -> Result<(), StoreError> {
+        let puts = batch.iter().any(|change| matches!(change, Change::Put { .. }));
+        if puts && self.is_full.load(Ordering::Relaxed) {
+            return Err(StoreError::Full { free: 0, needed: 1 });
+        }
+        self.store.commit(batch)
+    }
+
+    fn sync(&mut self) -> Result<(), StoreError> {
+        self.store.sync()
+    }
+
+    fn get(&self, space: Space, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.store.get(space, key)
+    }
+
+    fn scan(
+        &self,
+        space: Space,
+        from: &[u8],
+        take: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.store.scan(space, from, take)
+    }
+}
+
 struct Trial {
     dir: TempDir,
+    is_full: Arc<AtomicBool>,
     vault: Option<Vault>,
     found: Vec<Found>,
     done: Receiver<(JobId, Option<Trouble>)>,
@@ -29,6 +70,7 @@ impl Trial {
         let (_, done) = unbounded();
         let mut trial = Self {
             dir,
+            is_full: Arc::default(),
             vault: None,
             found: Vec::new(),
             done,
@@ -46,6 +88,7 @@ impl Trial {
         let (sender, done) = unbounded();
         let store = self.dir.path().join("store");
         let store = DiskStore::open(&store, Durability::Always).unwrap();
+        let store = Limited { store, is_full: Arc::clone(&self.is_full) };
         let (vault, opened) = Vault::open(self.dir.path(), store, "me", move |job, trouble| {
             let _ = sender.send((job, trouble));
         })
@@ -63,21 +106,30 @@ impl Trial {
         self.vault.as_ref().unwrap()
     }
 
-    fn run(&mut self, op: Op) -> Option<Trouble> {
+    fn submit(&mut self, op: Op) {
         self.jobs += 1;
         self.vault().submit(self.jobs, op);
+    }
+
+    fn run(&mut self, op: Op) -> Option<Trouble> {
+        self.submit(op);
         let (job, trouble) = self.done.recv_timeout(PATIENCE).unwrap();
         assert_eq!(job, self.jobs);
         trouble
     }
 
     fn write(&mut self, offset: usize, data: &[u8]) -> Option<Trouble> {
+        let op = self.mutation(offset, data);
+        self.run(op)
+    }
+
+    fn mutation(&mut self, offset: usize, data: &[u8]) -> Op {
         self.serial = self.serial.next();
         self.model.resize(self.model.len().max(offset + data.len()), 0);
         self.model[offset..offset + data.len()].copy_from_slice(data);
         let (serial, data) = (self.serial, Data::from(data));
         let mark = Some((7, serial.0));
-        self.run(Op::Mutate { chunk: CHUNK, serial, offset: offset as u64, data, mark })
+        Op::Mutate { chunk: CHUNK, serial, offset: offset as u64, data, mark }
     }
 
     fn assert_as_written(&self) {
@@ -157,6 +209,32 @@ fn a_change_that_did_not_reach_the_file_is_made_again() {
 }
 
 #[test]
+fn what_was_made_again_at_a_start_is_not_made_again_over_what_came_later() {
+    let mut trial = Trial::new();
+    trial.write(0, b"first");
+    trial.reopen();
+    trial.write(0, b"after");
+    std::thread::sleep(FLUSHED);
+    trial.reopen();
+    trial.assert_as_written();
+}
+
+#[test]
+fn what_was_made_again_at_a_start_does_not_come_to_a_chunk_of_the_same_number() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 1000));
+    trial.reopen();
+    trial.run(Op::Delete { chunk: CHUNK });
+    let (version, serial, marks) = (Version(5), Serial(0), Vec::new());
+    trial.run(Op::Make { chunk: CHUNK, version, serial, copy_of: None, marks, joining: false });
+    (trial.model, trial.serial) = (Vec::new(), Serial(0));
+    trial.write(0, &bytes(2, 1000));
+    std::thread::sleep(FLUSHED);
+    trial.reopen();
+    trial.assert_as_written();
+}
+
+#[test]
 fn a_torn_append_is_cut_off() {
     let mut trial = Trial::new();
     trial.write(0, &bytes(1, 100_000));
@@ -181,6 +259,67 @@ fn a_flipped_bit_is_never_returned_nor_covered_up() {
     assert_eq!(trial.vault().read(CHUNK, 70_000, 1), Err(ReadTrouble::Damaged), "in its block");
     assert!(trial.vault().read(CHUNK, 0, 65_536).is_ok());
     assert_eq!(trial.write(70_000, b"new"), Some(Trouble::Damaged));
+}
+
+#[test]
+fn on_a_full_disk_changes_wait_in_their_order_and_reads_and_deletions_go_on() {
+    let mut trial = Trial::new();
+    let (chunk, version, serial, marks) = (ChunkId(1010), Version(1), Serial(0), Vec::new());
+    trial.run(Op::Make { chunk, version, serial, copy_of: None, marks, joining: false });
+    trial.write(0, &bytes(1, 1000));
+    let written = trial.model.clone();
+    trial.is_full.store(true, Ordering::Relaxed);
+    for seed in 0..10 {
+        let op = trial.mutation(1000 + seed * 100_000, &bytes(seed, 50_000 + seed * 10_000));
+        trial.submit(op);
+    }
+    assert!(trial.done.recv_timeout(Duration::from_millis(300)).is_err(), "there was no room");
+    assert!(trial.vault().room().2);
+    assert!(trial.vault().read(CHUNK, 0, 1000).unwrap() == written);
+    trial.submit(Op::Delete { chunk });
+    assert_eq!(trial.done.recv_timeout(PATIENCE), Ok((trial.jobs, None)));
+    trial.is_full.store(false, Ordering::Relaxed);
+    for job in trial.jobs - 10..trial.jobs {
+        assert_eq!(trial.done.recv_timeout(PATIENCE), Ok((job, None)));
+    }
+    trial.assert_as_written();
+    trial.reopen();
+    trial.assert_as_written();
+}
+
+#[test]
+fn what_a_full_disk_has_not_taken_by_the_end_is_not_there_nor_anything_after_it() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 1000));
+    let (model, serial) = (trial.model.clone(), trial.serial);
+    trial.is_full.store(true, Ordering::Relaxed);
+    for seed in 0..10 {
+        let op = trial.mutation(1000 + seed * 100, &bytes(seed, 100));
+        trial.submit(op);
+    }
+    trial.reopen();
+    (trial.model, trial.serial) = (model, serial);
+    assert_eq!(trial.found[0].serial, serial);
+    trial.assert_as_written();
+    trial.is_full.store(false, Ordering::Relaxed);
+    assert_eq!(trial.write(500, &bytes(3, 1000)), None);
+    trial.assert_as_written();
+}
+
+#[test]
+fn after_a_change_that_was_not_made_there_is_no_other() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 200_000));
+    let mut flipped = fs::read(trial.file()).unwrap();
+    flipped[100_000] ^= 4;
+    fs::write(trial.file(), flipped).unwrap();
+    assert_eq!(trial.write(70_000, b"new"), Some(Trouble::Damaged));
+    assert_eq!(trial.write(200_000, b"after it"), Some(Trouble::Damaged));
+    let version = Version(2);
+    assert_eq!(trial.run(Op::Promise { chunk: CHUNK, version }), Some(Trouble::Damaged));
+    trial.reopen();
+    assert_eq!((trial.found[0].version, trial.found[0].serial), (Version(1), Serial(1)));
+    assert_eq!(trial.run(Op::Delete { chunk: CHUNK }), None);
 }
 
 #[test]
