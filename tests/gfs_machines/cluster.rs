@@ -3,13 +3,13 @@
 //!
 //! Clients append records that name themselves to one file, exactly once, overwrite each
 //! its own region of another one, take snapshots of the first, and read back at any
-//! chunkserver they have ever heard of what was acknowledged. Chunkservers and
-//! the master are killed, paused and cut off from each other, disks are full for a while,
-//! and bits flip; what was not durable
-//! is lost with a kill. At the end everything is healed, and must come to rest.
+//! chunkserver they have ever heard of what was acknowledged. Chunkservers and the
+//! master are killed, paused and cut off from each other, disks are full for a while, and
+//! say so or do not, and bits flip; what was not durable is lost with a kill. At the end
+//! everything is healed, and must come to rest.
 //!
-//! While a bit is flipped and not found, nothing else begins to go wrong: three troubles
-//! at once may lose what three copies hold.
+//! While a bit is flipped and not found, or a disk has refused something, nothing else
+//! begins to go wrong: three troubles at once may lose what three copies hold.
 
 use crate::memory_disk::MemoryDisk;
 use rand::rngs::StdRng;
@@ -181,6 +181,7 @@ pub(crate) struct Tally {
     pub(crate) overwritten: usize,
     pub(crate) snapshots: usize,
     pub(crate) damaged: usize,
+    pub(crate) refused: usize,
 }
 
 impl std::ops::AddAssign for Tally {
@@ -192,6 +193,7 @@ impl std::ops::AddAssign for Tally {
         self.overwritten += other.overwritten;
         self.snapshots += other.snapshots;
         self.damaged += other.damaged;
+        self.refused += other.refused;
     }
 }
 
@@ -453,6 +455,7 @@ impl Cluster {
             Event::Fault => self.fault(),
             Event::Restart(who) => self.start(who),
             Event::Room(server) => {
+                self.servers[server].disk.has_room();
                 let room = chunkserver::Input::Room { used: 1, free: 1_000_000, full: false };
                 self.step_server(server, room);
             }
@@ -673,13 +676,13 @@ impl Cluster {
         if self.healing {
             return;
         }
-        if self.servers.iter().any(|server| server.disk.has_damage()) {
+        if self.servers.iter().any(|server| server.disk.has_trouble()) {
             return self.at(Duration::from_secs(1), Event::Fault);
         }
         self.tally.faults += 1;
         let server = Who::Server(self.rng.random_range(0..SERVERS));
         let span = Duration::from_millis(self.rng.random_range(50..9_000));
-        match self.rng.random_range(0..13) {
+        match self.rng.random_range(0..15) {
             0..4 => {
                 self.kill(server);
                 self.at(span, Event::Restart(server));
@@ -709,6 +712,7 @@ impl Cluster {
                 self.at(span, Event::Room(server));
             }
             10 | 11 => self.damage(),
+            12 | 13 => self.refuse(span),
             _ => {
                 // All at once.
                 for server in (0..SERVERS).map(Who::Server) {
@@ -722,11 +726,11 @@ impl Cluster {
         self.at(next, Event::Fault);
     }
 
-    /// A bit flips in one of three copies that are all in order.
-    fn damage(&mut self) {
+    /// One of three copies that are all in order, and where it is.
+    fn whole_copy(&mut self) -> Option<(ChunkId, usize)> {
         let calm = self.now >= self.cut_until
             && self.nodes.values().all(|node| node.is_up && node.paused_until <= self.now);
-        let Some(master) = self.master.as_ref().filter(|_| calm) else { return };
+        let master = self.master.as_ref().filter(|_| calm)?;
         let whole = |known: &ringleader::gfs::state::Chunk| known.members.len() == 3;
         let chunks: Vec<(ChunkId, usize)> = master
             .state()
@@ -739,15 +743,27 @@ impl Cluster {
             })
             .filter(|(chunk, server)| self.servers[*server].disk.holds(*chunk))
             .collect();
-        if chunks.is_empty() {
-            return;
-        }
-        let (chunk, server) = chunks[self.rng.random_range(0..chunks.len())];
+        let count = chunks.len();
+        (count > 0).then(|| chunks[self.rng.random_range(0..count)])
+    }
+
+    /// A bit flips.
+    fn damage(&mut self) {
+        let Some((chunk, server)) = self.whole_copy() else { return };
         self.say(|| format!("a bit flips in {chunk} on {server}"));
         self.tally.damaged += 1;
         self.servers[server].disk.damage(chunk);
         let soon = Duration::from_millis(self.rng.random_range(1..2_000));
         self.at(soon, Event::Scrub(server, chunk));
+    }
+
+    /// A disk has no room for a copy for a while, as none has said before.
+    fn refuse(&mut self, span: Duration) {
+        let Some((chunk, server)) = self.whole_copy() else { return };
+        self.say(|| format!("there is no room for {chunk} on {server} for {span:?}"));
+        self.tally.refused += 1;
+        self.servers[server].disk.refuse(chunk);
+        self.at(span, Event::Room(server));
     }
 
     fn scrub(&mut self, server: usize, chunk: ChunkId) {

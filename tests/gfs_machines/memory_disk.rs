@@ -14,6 +14,9 @@ pub(crate) struct MemoryDisk {
     queue: VecDeque<(u64, Op, Time)>,
     /// Copies in which a bit is flipped.
     damaged: BTreeSet<ChunkId>,
+    /// Copies of which the next job finds no room; whether it has come. What comes after
+    /// it is not done either.
+    refusing: BTreeMap<ChunkId, bool>,
 }
 
 fn chunk_of(op: &Op) -> ChunkId {
@@ -55,6 +58,7 @@ impl MemoryDisk {
         for (_, op, _) in kept {
             self.perform(op);
         }
+        self.refusing.clear();
     }
 
     pub(crate) fn read(&self, chunk: ChunkId, offset: u64, length: usize) -> Option<Vec<u8>> {
@@ -72,9 +76,19 @@ impl MemoryDisk {
         self.damaged.contains(&chunk)
     }
 
-    /// Whether a bit is flipped in any copy.
-    pub(crate) fn has_damage(&self) -> bool {
-        !self.damaged.is_empty()
+    /// Whether a bit is flipped in any copy, or one can't be changed.
+    pub(crate) fn has_trouble(&self) -> bool {
+        !self.damaged.is_empty() || !self.refusing.is_empty()
+    }
+
+    /// The next job for `chunk` finds no room.
+    pub(crate) fn refuse(&mut self, chunk: ChunkId) {
+        self.refusing.insert(chunk, false);
+    }
+
+    /// There is room for what has not been refused by now.
+    pub(crate) fn has_room(&mut self) {
+        self.refusing.retain(|_, has_refused| *has_refused);
     }
 
     pub(crate) fn content(&self, chunk: ChunkId) -> (Version, Vec<u8>) {
@@ -87,6 +101,12 @@ impl MemoryDisk {
     }
 
     fn perform(&mut self, op: Op) -> Option<Trouble> {
+        if !matches!(op, Op::Delete { .. })
+            && let Some(has_refused) = self.refusing.get_mut(&chunk_of(&op))
+        {
+            *has_refused = true;
+            return Some(Trouble::Full);
+        }
         match op {
             Op::Mutate { chunk, .. } | Op::Patch { chunk, .. } if self.is_damaged(chunk) => {
                 return Some(Trouble::Damaged);
@@ -134,6 +154,7 @@ impl MemoryDisk {
             Op::Delete { chunk } => {
                 self.copies.remove(&chunk);
                 self.damaged.remove(&chunk);
+                self.refusing.remove(&chunk);
             }
         }
         None

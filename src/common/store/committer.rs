@@ -88,7 +88,8 @@ impl<T> Queued<T> {
         let queued = std::mem::take(&mut self.submissions).into_iter();
         let (removals, rest) = queued.partition(Submission::only_removes);
         self.submissions = rest;
-        self.bytes -= removals.iter().map(|submission: &Submission<T>| submission.bytes).sum::<usize>();
+        self.bytes -=
+            removals.iter().map(|submission: &Submission<T>| submission.bytes).sum::<usize>();
         removals
     }
 }

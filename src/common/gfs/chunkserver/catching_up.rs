@@ -10,7 +10,7 @@
 use super::copies::{Copy, Last, Worth};
 use super::{Call, ChunkServer, Effect, Job, MAX_KEPT_REGIONS, Op, Trouble, refuse};
 use crate::gfs::messages::{ChunkReply, ChunkRequest, MissedReply, Packet};
-use crate::gfs::{ChunkId, MAX_PIECE_BYTES, Serial, Version};
+use crate::gfs::{CHUNK_BYTES, ChunkId, MAX_PIECE_BYTES, Serial, Version};
 use crate::machine::Time;
 use crate::wire::Refusal;
 use std::collections::VecDeque;
@@ -190,6 +190,9 @@ impl<T> ChunkServer<T> {
         if told.version < job.version {
             return self.fail_catching_up(chunk, "the other copy is older", effects);
         }
+        if !can_be(&told) {
+            return self.fail_catching_up(chunk, "the other copy tells what can't be", effects);
+        }
         let is_first = job.turns == 0;
         job.turns += 1;
         if job.target.is_some_and(|target| told.serial < target) && told.serial <= has {
@@ -297,7 +300,18 @@ impl<T> ChunkServer<T> {
         self.disk(op, Job::Adopted(chunk), effects);
     }
 
-    pub(super) fn adopted(&mut self, now: Time, chunk: ChunkId, effects: &mut Vec<Effect<T>>) {
+    pub(super) fn adopted(
+        &mut self,
+        now: Time,
+        chunk: ChunkId,
+        trouble: Option<Trouble>,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        if trouble.is_some() {
+            self.fail_catching_up(chunk, "the disk does not take it", effects);
+            // Its serial would promise too much.
+            return self.damaged(chunk, effects);
+        }
         let (Some(job), Some(copy)) =
             (self.catching_up.get_mut(&chunk), self.copies.get_mut(&chunk))
         else {
@@ -331,12 +345,16 @@ impl<T> ChunkServer<T> {
         }
     }
 
-    fn fail_catching_up(&mut self, chunk: ChunkId, why: &str, effects: &mut Vec<Effect<T>>) {
+    pub(super) fn fail_catching_up(&mut self, chunk: ChunkId, why: &str, effects: &mut Vec<Effect<T>>) {
         let Some(job) = self.catching_up.remove(&chunk) else { return };
         if let Some(to) = job.to {
             refuse(to, Refusal::unavailable(format!("{chunk} was not fetched: {why}")), effects);
         }
-        // What was half copied is worth nothing.
+        self.drop_half_copied(chunk, effects);
+    }
+
+    /// What was half copied is worth nothing.
+    pub(super) fn drop_half_copied(&mut self, chunk: ChunkId, effects: &mut Vec<Effect<T>>) {
         if self.copies.get(&chunk).is_some_and(|copy| copy.worth == Worth::Joining) {
             self.copies.remove(&chunk);
             self.disk(Op::Delete { chunk }, Job::Nothing, effects);
@@ -356,6 +374,16 @@ impl<T> ChunkServer<T> {
             }
         }
     }
+}
+
+/// Whether a copy can have these regions.
+fn can_be(told: &MissedReply) -> bool {
+    let is_within = |(offset, bytes): &(u64, u64)| {
+        offset.checked_add(*bytes).is_some_and(|end| end <= told.length)
+    };
+    told.length <= *CHUNK_BYTES.end()
+        && told.regions.len() <= MAX_KEPT_REGIONS
+        && told.regions.iter().all(is_within)
 }
 
 /// A region in pieces that fit in a message.

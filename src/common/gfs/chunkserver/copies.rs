@@ -3,7 +3,7 @@
 use super::catching_up::CatchUp;
 use super::{ChunkServer, Effect, Job, Op, Trouble, WINDOW, refuse};
 use crate::gfs::messages::{Appended, Apply, ChunkReply, Data, Mark, MissedReply};
-use crate::gfs::{ChunkId, MAX_PIECE_BYTES, Serial, Version};
+use crate::gfs::{CHUNK_BYTES, ChunkId, MAX_PIECE_BYTES, Serial, Version};
 use crate::machine::Time;
 use crate::wire::Refusal;
 use std::collections::{BTreeMap, VecDeque};
@@ -210,6 +210,11 @@ impl<T> ChunkServer<T> {
                 Ok(data) => data,
                 Err(refusal) => return refuse(to, refusal, effects),
             };
+            let end = apply.offset.checked_add(data.len() as u64);
+            if end.is_none_or(|end| end > *CHUNK_BYTES.end()) {
+                let refusal = format!("no chunk has more than {} bytes", CHUNK_BYTES.end());
+                return refuse(to, Refusal::invalid(refusal), effects);
+            }
             self.change(chunk, apply.offset, data, apply.mark, Some(to), effects);
         }
     }
@@ -353,7 +358,19 @@ impl<T> ChunkServer<T> {
         self.disk(Op::Promise { chunk, version }, Job::Promised(chunk, to), effects);
     }
 
-    pub(super) fn promised(&mut self, to: T, chunk: ChunkId, effects: &mut Vec<Effect<T>>) {
+    pub(super) fn promised(
+        &mut self,
+        to: T,
+        chunk: ChunkId,
+        trouble: Option<Trouble>,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        if trouble.is_some() {
+            // It would serve under a version that is forgotten with the process.
+            let refusal = format!("the copy of {chunk} here can't promise anything more");
+            refuse(to, Refusal::unavailable(refusal), effects);
+            return self.damaged(chunk, effects);
+        }
         match self.copies.get_mut(&chunk) {
             Some(copy) if matches!(copy.worth, Worth::Served | Worth::Joining) => {
                 copy.worth = Worth::Served;
@@ -381,11 +398,17 @@ impl<T> ChunkServer<T> {
         }
     }
 
-    /// A block of a copy is not what was written: it serves nothing any more.
+    /// A block of a copy is not what was written, or the disk does not take what comes
+    /// next: it serves nothing any more.
     pub(super) fn damaged(&mut self, chunk: ChunkId, effects: &mut Vec<Effect<T>>) {
         let Some(copy) = self.copies.get_mut(&chunk) else { return };
-        if copy.worth == Worth::Damaged {
-            return;
+        match copy.worth {
+            Worth::Damaged => return,
+            Worth::Joining => {
+                self.fail_catching_up(chunk, "it is damaged", effects);
+                return self.drop_half_copied(chunk, effects);
+            }
+            Worth::Served | Worth::Making => {}
         }
         copy.worth = Worth::Damaged;
         for (_, _, to) in std::mem::take(&mut copy.early).into_values() {

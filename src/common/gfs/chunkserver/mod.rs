@@ -122,8 +122,8 @@ pub enum Op {
     },
 }
 
-/// Why the disk did not do what it should. A disk that fails altogether ends the
-/// process.
+/// Why the disk did not do what it should: from then on it does nothing more for that
+/// copy but delete it. A disk that fails altogether ends the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trouble {
     /// There is no room.
@@ -606,12 +606,12 @@ impl<T> ChunkServer<T> {
         match self.jobs.remove(&job) {
             None | Some(Job::Nothing) => {}
             Some(Job::Made(chunk, to)) => self.made(to, chunk, trouble, effects),
-            Some(Job::Promised(chunk, to)) => self.promised(to, chunk, effects),
+            Some(Job::Promised(chunk, to)) => self.promised(to, chunk, trouble, effects),
             Some(Job::Mutated(chunk, serial, to)) => {
                 self.mutated(now, chunk, serial, to, trouble, effects);
             }
             Some(Job::Patched(chunk)) => self.patched(now, chunk, trouble, effects),
-            Some(Job::Adopted(chunk)) => self.adopted(now, chunk, effects),
+            Some(Job::Adopted(chunk)) => self.adopted(now, chunk, trouble, effects),
         }
     }
 
@@ -709,3 +709,6 @@ impl<T> ChunkServer<T> {
 fn refuse<T>(to: T, refusal: Refusal, effects: &mut Vec<Effect<T>>) {
     effects.push(Effect::Reply { to, reply: ChunkReply::Refused(refusal) });
 }
+
+#[cfg(test)]
+mod tests;

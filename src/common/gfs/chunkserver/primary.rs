@@ -13,7 +13,7 @@ use super::{Call, CallId, ChunkServer, Effect, refuse};
 use crate::gfs::messages::{
     Apply, ChunkReply, ChunkRequest, Data, DataId, Mark, MasterRequest, Packet, Status,
 };
-use crate::gfs::{ChunkId, MAX_PIECE_BYTES, Serial, Version};
+use crate::gfs::{CHUNK_BYTES, ChunkId, MAX_PIECE_BYTES, Serial, Version};
 use crate::machine::Time;
 use crate::wire::Refusal;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -130,7 +130,7 @@ impl<T> ChunkServer<T> {
             version,
             establishing: others.iter().copied().collect(),
             others: others.clone(),
-            bytes,
+            bytes: bytes.min(*CHUNK_BYTES.end()),
             pending,
             queue,
             silent: BTreeSet::new(),
