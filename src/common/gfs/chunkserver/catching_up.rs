@@ -8,7 +8,7 @@
 //! new primary establishes itself.
 
 use super::copies::{Copy, Last, Worth};
-use super::{Call, ChunkServer, Effect, Job, MAX_KEPT_REGIONS, Op, Trouble, refuse};
+use super::{Call, ChunkServer, Effect, Job, MAX_KEPT_REGIONS, Op, Trouble, TurnId, refuse};
 use crate::gfs::messages::{ChunkReply, ChunkRequest, MissedReply, Packet};
 use crate::gfs::{CHUNK_BYTES, ChunkId, MAX_PIECE_BYTES, Serial, Version};
 use crate::machine::Time;
@@ -55,6 +55,7 @@ pub(super) struct CatchUp<T> {
     /// What it must have in the end; as near as can be, if nothing is given.
     target: Option<Serial>,
     stage: Stage,
+    turn: TurnId,
     /// What it was told last.
     told: MissedReply,
     todo: VecDeque<(u64, usize)>,
@@ -143,6 +144,7 @@ impl<T> ChunkServer<T> {
             version,
             target,
             stage: Stage::Asking,
+            turn: TurnId::default(),
             told: MissedReply::default(),
             todo: VecDeque::new(),
             under_way: 0,
@@ -158,26 +160,28 @@ impl<T> ChunkServer<T> {
     }
 
     fn ask_what_is_missed(&mut self, chunk: ChunkId, effects: &mut Vec<Effect<T>>) {
+        let turn = self.next_id();
         let Some(copy) = self.copies.get(&chunk) else { return };
         let Some(job) = self.catching_up.get_mut(&chunk) else { return };
-        job.stage = Stage::Asking;
+        (job.stage, job.turn) = (Stage::Asking, turn);
         let is_empty = copy.worth == Worth::Joining && job.turns == 0;
         let after = (!is_empty).then_some(copy.serial);
         let (from, request) = (job.from, ChunkRequest::Missed { chunk, after });
-        self.call(from, Call::Missed(chunk), Packet::bare(request), effects);
+        self.call(from, Call::Missed(chunk, turn), Packet::bare(request), effects);
     }
 
     pub(super) fn missed_answered(
         &mut self,
         now: Time,
         chunk: ChunkId,
+        turn: TurnId,
         answer: Option<Result<Packet<ChunkReply>, Refusal>>,
         effects: &mut Vec<Effect<T>>,
     ) {
         let Some(copy) = self.copies.get(&chunk) else { return };
         let has = copy.serial;
         let Some(job) = self.catching_up.get_mut(&chunk) else { return };
-        if job.stage != Stage::Asking {
+        if job.turn != turn {
             return;
         }
         let told = match answer {
@@ -229,26 +233,28 @@ impl<T> ChunkServer<T> {
                 self.fetch_from = self.fetch_from.max(now) + Duration::from_secs_f64(pause);
             }
             let (from, request) = (job.from, ChunkRequest::Fetch { chunk, offset, length });
-            self.call(from, Call::Fetch(chunk, offset, length), Packet::bare(request), effects);
+            let about = Call::Fetch(chunk, job.turn, offset, length);
+            self.call(from, about, Packet::bare(request), effects);
         }
     }
 
     pub(super) fn fetched(
         &mut self,
         chunk: ChunkId,
+        turn: TurnId,
         offset: u64,
         length: usize,
         answer: Option<Result<Packet<ChunkReply>, Refusal>>,
         effects: &mut Vec<Effect<T>>,
     ) {
-        if self.catching_up.get(&chunk).is_none_or(|job| job.stage != Stage::Fetching) {
+        if self.catching_up.get(&chunk).is_none_or(|job| job.turn != turn) {
             return;
         }
         match answer {
             Some(Ok(Packet { message: ChunkReply::Length { .. }, data }))
                 if data.len() == length =>
             {
-                self.disk(Op::Patch { chunk, offset, data }, Job::Patched(chunk), effects);
+                self.disk(Op::Patch { chunk, offset, data }, Job::Patched(chunk, turn), effects);
             }
             Some(Err(refusal)) => self.fail_catching_up(chunk, &refusal.to_string(), effects),
             _ => self.fail_catching_up(chunk, "the other copy does not answer", effects),
@@ -259,13 +265,14 @@ impl<T> ChunkServer<T> {
         &mut self,
         now: Time,
         chunk: ChunkId,
+        turn: TurnId,
         trouble: Option<Trouble>,
         effects: &mut Vec<Effect<T>>,
     ) {
         if trouble.is_some() {
             return self.fail_catching_up(chunk, "the disk does not take it", effects);
         }
-        if let Some(job) = self.catching_up.get_mut(&chunk) {
+        if let Some(job) = self.catching_up.get_mut(&chunk).filter(|job| job.turn == turn) {
             job.under_way = job.under_way.saturating_sub(1);
             self.fetch_more(now, chunk, effects);
         }
@@ -297,13 +304,15 @@ impl<T> ChunkServer<T> {
         let marks = told.marks.iter().map(|it| (it.mark.client, it.mark.number, it.offset));
         let (version, length) = (copy.version, copy.length);
         let op = Op::Adopt { chunk, version, serial, length, marks: marks.collect() };
-        self.disk(op, Job::Adopted(chunk), effects);
+        let about = Job::Adopted(chunk, job.turn);
+        self.disk(op, about, effects);
     }
 
     pub(super) fn adopted(
         &mut self,
         now: Time,
         chunk: ChunkId,
+        turn: TurnId,
         trouble: Option<Trouble>,
         effects: &mut Vec<Effect<T>>,
     ) {
@@ -312,11 +321,8 @@ impl<T> ChunkServer<T> {
             // Its serial would promise too much.
             return self.damaged(chunk, effects);
         }
-        let (Some(job), Some(copy)) =
-            (self.catching_up.get_mut(&chunk), self.copies.get_mut(&chunk))
-        else {
-            return;
-        };
+        let job = self.catching_up.get_mut(&chunk).filter(|job| job.turn == turn);
+        let (Some(job), Some(copy)) = (job, self.copies.get_mut(&chunk)) else { return };
         copy.durable = copy.serial;
         copy.shown = copy.length;
         let is_done = match job.target {
@@ -345,7 +351,12 @@ impl<T> ChunkServer<T> {
         }
     }
 
-    pub(super) fn fail_catching_up(&mut self, chunk: ChunkId, why: &str, effects: &mut Vec<Effect<T>>) {
+    pub(super) fn fail_catching_up(
+        &mut self,
+        chunk: ChunkId,
+        why: &str,
+        effects: &mut Vec<Effect<T>>,
+    ) {
         let Some(job) = self.catching_up.remove(&chunk) else { return };
         if let Some(to) = job.to {
             refuse(to, Refusal::unavailable(format!("{chunk} was not fetched: {why}")), effects);

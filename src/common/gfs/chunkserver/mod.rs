@@ -273,6 +273,9 @@ pub struct Waiting {
     pub pieces: Vec<(DataId, Data)>,
 }
 
+/// Names a turn of catching up: what comes late of one before it is not taken for it.
+type TurnId = u64;
+
 /// What a call to another chunkserver is about.
 #[derive(Debug)]
 enum Call<T> {
@@ -283,9 +286,9 @@ enum Call<T> {
     /// To have all that the primary has.
     Establish(ChunkId, Version, SocketAddrV4),
     /// What a copy here has missed.
-    Missed(ChunkId),
+    Missed(ChunkId, TurnId),
     /// A part that it has missed: from there.
-    Fetch(ChunkId, u64, usize),
+    Fetch(ChunkId, TurnId, u64, usize),
 }
 
 /// What a job of the disk is about.
@@ -298,9 +301,9 @@ enum Job<T> {
     /// A mutation is durable: the primary waits, if it isn't us.
     Mutated(ChunkId, Serial, Option<T>),
     /// A part that was missed is durable.
-    Patched(ChunkId),
+    Patched(ChunkId, TurnId),
     /// A copy has caught up.
-    Adopted(ChunkId),
+    Adopted(ChunkId, TurnId),
     Nothing,
 }
 
@@ -589,9 +592,11 @@ impl<T> ChunkServer<T> {
             Some(Call::Establish(chunk, version, member)) => {
                 self.established(now, chunk, version, member, answer, effects);
             }
-            Some(Call::Missed(chunk)) => self.missed_answered(now, chunk, answer, effects),
-            Some(Call::Fetch(chunk, offset, length)) => {
-                self.fetched(chunk, offset, length, answer, effects);
+            Some(Call::Missed(chunk, turn)) => {
+                self.missed_answered(now, chunk, turn, answer, effects);
+            }
+            Some(Call::Fetch(chunk, turn, offset, length)) => {
+                self.fetched(chunk, turn, offset, length, answer, effects);
             }
         }
     }
@@ -610,8 +615,8 @@ impl<T> ChunkServer<T> {
             Some(Job::Mutated(chunk, serial, to)) => {
                 self.mutated(now, chunk, serial, to, trouble, effects);
             }
-            Some(Job::Patched(chunk)) => self.patched(now, chunk, trouble, effects),
-            Some(Job::Adopted(chunk)) => self.adopted(now, chunk, trouble, effects),
+            Some(Job::Patched(chunk, turn)) => self.patched(now, chunk, turn, trouble, effects),
+            Some(Job::Adopted(chunk, turn)) => self.adopted(now, chunk, turn, trouble, effects),
         }
     }
 

@@ -169,3 +169,23 @@ fn what_a_copy_is_told_to_fetch_is_in_the_chunk() {
     let effects = missed(&mut server, call(&effects).expect("a call"), whole);
     assert_eq!((refusal(&effects), call(&effects).is_some()), (None, true));
 }
+
+#[test]
+fn what_was_told_to_a_copy_before_it_was_begun_anew_is_not_taken_for_what_it_has_missed() {
+    let mut server = server(Vec::new());
+    let replicate =
+        || ChunkRequest::Replicate { chunk: CHUNK, version: VERSION, from: address(9002) };
+    let before = call(&ask(&mut server, replicate(), &[])).expect("a call");
+    let now = call(&ask(&mut server, replicate(), &[])).expect("a call");
+    let told = |regions| MissedReply {
+        version: VERSION,
+        serial: Serial(2),
+        length: 100,
+        regions,
+        marks: Vec::new(),
+    };
+    let effects = missed(&mut server, before, told(vec![(50, 50)]));
+    assert!(effects.is_empty(), "{effects:?}");
+    let effects = missed(&mut server, now, told(vec![(0, 100)]));
+    assert!(call(&effects).is_some());
+}
