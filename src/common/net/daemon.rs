@@ -120,6 +120,18 @@ pub struct DataDir {
     _lock: File,
 }
 
+/// Makes the directory at `path` if it isn't there, and those above it, and sees to it
+/// that they stay.
+fn make_dir(path: &Path) -> io::Result<()> {
+    let made: Vec<&Path> = path.ancestors().take_while(|it| !it.exists()).collect();
+    fs::create_dir_all(path)?;
+    for parent in made.into_iter().filter_map(Path::parent) {
+        let is_here = parent.as_os_str().is_empty();
+        File::open(if is_here { Path::new(".") } else { parent })?.sync_all()?;
+    }
+    Ok(())
+}
+
 impl DataDir {
     /// Where the store in it is.
     pub fn store(&self) -> PathBuf {
@@ -135,7 +147,7 @@ impl DataDir {
         let explain = |error: io::Error| {
             format!("can't use the data directory {shown}: {error}; choose another with --data-dir")
         };
-        fs::create_dir_all(path).map_err(explain)?;
+        make_dir(path).map_err(explain)?;
         let lock = File::create(path.join("lock")).map_err(explain)?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
