@@ -204,6 +204,9 @@ impl ChunkShell {
                 let refusal = Refusal::unavailable(match trouble {
                     ReadTrouble::Gone => format!("{chunk} is no longer here: ask another"),
                     ReadTrouble::Damaged => format!("{chunk} is damaged here: ask another"),
+                    ReadTrouble::NotNow => {
+                        format!("{chunk} can't be read here at the moment: ask another")
+                    }
                 });
                 if trouble == ReadTrouble::Damaged {
                     self.step(Input::Damaged(chunk));
@@ -263,10 +266,13 @@ fn scrub(shell: &Weak<ChunkShell>, rate: u64) {
                 let read = shell.vault.get().map(|vault| vault.read(chunk, offset, part));
                 if let Some(Err(ReadTrouble::Damaged)) = read {
                     shell.step(Input::Damaged(chunk));
-                    break;
                 }
                 drop(shell);
                 std::thread::sleep(Duration::from_secs_f64(part as f64 / rate.max(1) as f64));
+                // What can't be read now has its turn again.
+                if !matches!(read, Some(Ok(_))) {
+                    break;
+                }
             }
         }
         std::thread::sleep(SCRUB_REST);

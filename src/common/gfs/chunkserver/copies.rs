@@ -29,6 +29,8 @@ pub struct Found {
     pub length: u64,
     /// Whether it was still being filled.
     pub joining: bool,
+    /// Whether what stands of it does not fit together.
+    pub damaged: bool,
     /// The last append of each client: client, number, offset.
     pub marks: Vec<(u64, u64, u64)>,
     /// The places of the last mutations: serial, offset, length.

@@ -395,7 +395,11 @@ impl<T> ChunkServer<T> {
             if copy.joining {
                 server.disk(Op::Delete { chunk: copy.chunk }, Job::Nothing, effects);
             } else {
-                server.copies.insert(copy.chunk, Copy::found(copy));
+                let (chunk, damaged) = (copy.chunk, copy.damaged);
+                server.copies.insert(chunk, Copy::found(copy));
+                if damaged {
+                    server.damaged(chunk, effects);
+                }
             }
         }
         server

@@ -1,7 +1,7 @@
 //! A thread that writes the chunks of its lane.
 
 use super::records::{self, Head};
-use super::{REDO_BYTES, Shared, Sheet, create, open};
+use super::{REDO_BYTES, Shared, Sheet, create, is_damage, open};
 use crate::gfs::chunkserver::{Found, JobId, Op, Trouble};
 use crate::gfs::messages::Data;
 use crate::gfs::{BLOCK_BYTES, ChunkId, Serial};
@@ -76,9 +76,10 @@ impl Lane {
         last_sum: Option<u32>,
         clients: BTreeSet<u64>,
     ) {
-        let Found { version, serial, length, joining, .. } = *found;
+        let Found { version, serial, length, joining, damaged, .. } = *found;
         let head = Head { version, serial, length, joining };
-        self.plans.insert(chunk, Plan::new(head, last_sum, clients));
+        let trouble = damaged.then_some(Trouble::Damaged);
+        self.plans.insert(chunk, Plan { trouble, ..Plan::new(head, last_sum, clients) });
     }
 
     pub(super) fn run(mut self) {
@@ -154,7 +155,11 @@ impl Lane {
             }
             Op::Delete { chunk } => {
                 let Some(plan) = self.plans.get(&chunk) else { return Err(gone()) };
-                let blocks = blocks(plan.head.length);
+                let sums = self.shared.sheet(chunk).map_or(0, |sheet| {
+                    sheet.read().unwrap_or_else(PoisonError::into_inner).sums.len()
+                });
+                // Of a damaged copy there may be more checksums than blocks.
+                let blocks = blocks(plan.head.length).max(sums);
                 let mut changes = records::remove_copy(chunk, blocks, plan.clients.iter().copied());
                 // A chunk of this number that comes here again is not to get them.
                 changes.extend(plan.dirty.iter().map(|number| records::remove_redo(*number)));
@@ -450,7 +455,8 @@ fn overwritten_sums(
     let last = (end - 1) / block;
     let mut bytes = vec![0; ((last + 1 - first) * block) as usize];
     let there = (sheet.length.min((last + 1) * block) - first * block) as usize;
-    file.read_exact_at(&mut bytes[..there], first * block)?;
+    file.read_exact_at(&mut bytes[..there], first * block)
+        .map_err(|error| if is_damage(&error) { ErrorKind::InvalidData.into() } else { error })?;
     for (index, part) in bytes[..there].chunks(BLOCK_BYTES).enumerate() {
         if sheet.sums.get(first as usize + index) != Some(&crc32c::crc32c(part)) {
             return Err(ErrorKind::InvalidData.into());

@@ -49,6 +49,7 @@ use crate::store::{self, Space, Store, StoreError};
 use crossbeam_channel::{Sender, bounded};
 use lane::{Lane, Note};
 use rustix::fs::statvfs;
+use rustix::io::Errno;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -137,6 +138,8 @@ pub enum ReadTrouble {
     Gone,
     /// A block is not what was written.
     Damaged,
+    /// Not now, as when there are too many open files: that says nothing of the copy.
+    NotNow,
 }
 
 impl Vault {
@@ -159,6 +162,7 @@ impl Vault {
             }
         };
         fs::create_dir_all(dir.join("chunks"))?;
+        File::open(dir)?.sync_all()?;
         let read = records::read(&store)?;
         let redone = redo(dir, &store, &read)?;
         let shared = Arc::new(Shared {
@@ -177,7 +181,9 @@ impl Vault {
             queues.push(Lane::new(Arc::clone(&shared), queue));
         }
         for (chunk, copy) in read {
-            prepare(dir, chunk, copy.found.length)?;
+            if !copy.found.damaged {
+                prepare(dir, chunk, copy.found.length)?;
+            }
             let sheet = Sheet { length: copy.found.length, sums: copy.sums };
             let clients = copy.found.marks.iter().map(|(client, ..)| *client).collect();
             let last = sheet.sums.last().copied();
@@ -231,7 +237,7 @@ impl Vault {
     /// Reads a part of a copy that is there, and checks all blocks that it touches.
     ///
     /// # Errors
-    /// A [`ReadTrouble`]; a disk that can't be read counts as damage.
+    /// A [`ReadTrouble`].
     pub fn read(&self, chunk: ChunkId, offset: u64, length: usize) -> Result<Vec<u8>, ReadTrouble> {
         let sheet = self.shared.sheet(chunk).ok_or(ReadTrouble::Gone)?;
         let sheet = sheet.read().unwrap_or_else(PoisonError::into_inner);
@@ -247,7 +253,8 @@ impl Vault {
             .and_then(|file| file.read_exact_at(&mut bytes, first));
         if let Err(error) = read {
             tracing::error!("{chunk}: {error}");
-            return Err(ReadTrouble::Damaged);
+            let is_damage = is_damage(&error);
+            return Err(if is_damage { ReadTrouble::Damaged } else { ReadTrouble::NotNow });
         }
         for (index, part) in bytes.chunks(BLOCK_BYTES).enumerate() {
             let number = (first / block) as usize + index;
@@ -329,6 +336,14 @@ fn chunk_of(op: &Op) -> ChunkId {
 
 fn lane_of(chunk: ChunkId) -> usize {
     (chunk.0 % LANES) as usize
+}
+
+/// Whether an error of a read says that the bytes are not there: others, as of a process
+/// that has too many files open, will be over.
+fn is_damage(error: &io::Error) -> bool {
+    let kind = error.kind();
+    matches!(kind, ErrorKind::NotFound | ErrorKind::UnexpectedEof | ErrorKind::InvalidData)
+        || error.raw_os_error() == Some(Errno::IO.raw_os_error())
 }
 
 /// Where the data of `chunk` is: a number can name nothing else.

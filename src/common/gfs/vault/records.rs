@@ -141,8 +141,8 @@ pub(super) fn read(store: &dyn Store) -> Result<BTreeMap<ChunkId, Read>, StoreEr
     for (chunk, Read { found, sums }) in &mut copies {
         let blocks = found.length.div_ceil(BLOCK_BYTES as u64) as usize;
         if sums.len() != blocks {
-            let what = format!("{chunk} has {blocks} blocks and {} checksums", sums.len());
-            return Err(StoreError::Damaged { path: PathBuf::from("the chunks' records"), what });
+            tracing::error!("{chunk} has {blocks} blocks and {} checksums", sums.len());
+            found.damaged = true;
         }
         found.chunk = *chunk;
         found.regions.sort_unstable();
@@ -166,10 +166,12 @@ fn read_one(copies: &mut BTreeMap<ChunkId, Read>, key: &[u8], value: &[u8]) -> O
             (found.length, found.joining) = (length, joining != 0);
         }
         (SUMS, 4, _) if value.len().is_multiple_of(4) => {
-            let sums = &mut copies.get_mut(&chunk)?.sums;
-            if sums.len() != BigEndian::read_u32(rest) as usize * GROUP {
-                return None;
-            }
+            let Read { found, sums } = copies.get_mut(&chunk)?;
+            // Those of a group that lacks are not those of the next one.
+            let place = BigEndian::read_u32(rest) as usize * GROUP;
+            found.damaged |= sums.len() != place;
+            sums.resize(sums.len().max(place), 0);
+            sums.truncate(place);
             sums.extend(value.chunks_exact(4).map(BigEndian::read_u32));
         }
         (MARK, 8, &[number, offset]) => {

@@ -323,6 +323,55 @@ fn after_a_change_that_was_not_made_there_is_no_other() {
 }
 
 #[test]
+fn what_can_not_be_read_at_the_moment_is_not_damaged() {
+    let mut trial = Trial::new();
+    trial.write(0, &bytes(1, 1000));
+    let (file, aside) = (trial.file(), trial.dir.path().join("aside"));
+    fs::rename(&file, &aside).unwrap();
+    std::os::unix::fs::symlink(&file, &file).unwrap();
+    assert_eq!(trial.vault().read(CHUNK, 0, 10), Err(ReadTrouble::NotNow));
+    fs::rename(aside, file).unwrap();
+    trial.assert_as_written();
+    for passing in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::ACCESS, Errno::INTR] {
+        assert!(!is_damage(&passing.into()), "{passing}");
+    }
+    assert!(is_damage(&Errno::IO.into()));
+    assert!(is_damage(&Errno::NOENT.into()));
+    assert!(is_damage(&ErrorKind::UnexpectedEof.into()));
+}
+
+#[test]
+fn a_copy_whose_records_do_not_fit_together_is_damaged_and_the_others_are_not() {
+    let mut trial = Trial::new();
+    let (chunk, version, serial, marks) = (ChunkId(1010), Version(1), Serial(0), Vec::new());
+    trial.run(Op::Make { chunk, version, serial, copy_of: None, marks, joining: false });
+    trial.write(0, &bytes(1, 40 * BLOCK_BYTES));
+    let data = Data::from(b"another".as_slice());
+    trial.run(Op::Mutate { chunk, serial: Serial(1), offset: 0, data, mark: None });
+    let path = trial.dir.path().join("store");
+    for (group, sums) in [(1, &[][..]), (2, &[7; 48]), (0, &[7; 3])] {
+        drop(trial.vault.take());
+        let mut store = DiskStore::open(&path, Durability::Always).unwrap();
+        store.commit(&records::put_sums(CHUNK, sums, group * 16, group * 16)).unwrap();
+        drop(store);
+        trial.reopen();
+        assert!(trial.found[0].damaged, "{group}");
+        assert!(!trial.found[1].damaged);
+        assert_eq!(trial.vault().read(CHUNK, 0, 40 * BLOCK_BYTES), Err(ReadTrouble::Damaged));
+        assert_eq!(trial.vault().read(chunk, 0, 7).unwrap(), b"another");
+    }
+    assert_eq!(trial.write(0, b"new"), Some(Trouble::Damaged));
+    assert_eq!(trial.run(Op::Delete { chunk: CHUNK }), None);
+    trial.reopen();
+    assert_eq!(trial.found.len(), 1);
+    // Nothing is left of it.
+    let (version, serial, marks) = (Version(2), Serial(0), Vec::new());
+    trial.run(Op::Make { chunk: CHUNK, version, serial, copy_of: None, marks, joining: false });
+    trial.reopen();
+    assert!(!trial.found[0].damaged);
+}
+
+#[test]
 fn a_file_that_is_gone_is_damage() {
     let mut trial = Trial::new();
     trial.write(0, &bytes(1, 200_000));
