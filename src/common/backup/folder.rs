@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// A file of keys is ended when it has grown to this.
@@ -133,19 +134,23 @@ impl Writer {
         refuse_existing(folder)?;
         fs::create_dir_all(&partial).map_err(|error| explain(&partial, error))?;
         let at = partial.join(LOCK);
-        let lock = File::create(&at).map_err(|error| explain(&at, error))?;
+        let lock = match File::create(&at) {
+            Ok(lock) => lock,
+            // Another one has just become whole, or was given up.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(FolderError::InUse(folder.to_owned()));
+            }
+            Err(error) => return Err(explain(&at, error)),
+        };
         match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(folder.to_owned())),
+            // One that went with its folder meanwhile keeps nobody out.
+            Ok(()) if is_at(&lock, &at).map_err(|error| explain(&at, error))? => {}
+            Ok(()) | Err(TryLockError::WouldBlock) => {
+                return Err(FolderError::InUse(folder.to_owned()));
+            }
             Err(TryLockError::Error(error)) => return Err(explain(&at, error)),
         }
-        let left = fs::read_dir(&partial).map_err(|error| explain(&partial, error))?;
-        for file in left {
-            let path = file.map_err(|error| explain(&partial, error))?.path();
-            if path != at {
-                fs::remove_file(&path).map_err(|error| explain(&path, error))?;
-            }
-        }
+        remove_all_but_lock(&partial)?;
         let (growing, done) = (None, Vec::new());
         let folder = folder.to_owned();
         Ok(Self { folder, partial, _lock: lock, growing, done, bytes: 0, is_finished: false })
@@ -218,13 +223,16 @@ impl Writer {
         let mut file = File::create_new(&at).map_err(|error| explain(&at, error))?;
         let written = file.write_all(&seal(&manifest)).and_then(|()| file.sync_all());
         written.map_err(|error| explain(&at, error))?;
-        let lock = self.partial.join(LOCK);
-        fs::remove_file(&lock).map_err(|error| explain(&lock, error))?;
         sync_folder(&self.partial)?;
         // An empty folder could be renamed over.
         refuse_existing(&self.folder)?;
+        // The lock goes along, and only then away: without it another backup of this
+        // name would take the files for left over.
         fs::rename(&self.partial, &self.folder).map_err(|error| explain(&self.folder, error))?;
         self.is_finished = true;
+        let lock = self.folder.join(LOCK);
+        fs::remove_file(&lock).map_err(|error| explain(&lock, error))?;
+        sync_folder(&self.folder)?;
         sync_folder(match self.folder.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
@@ -245,9 +253,39 @@ impl Growing {
 impl Drop for Writer {
     fn drop(&mut self) {
         if !self.is_finished {
-            // What stays is called partial, and has no manifest.
-            let _ = fs::remove_dir_all(&self.partial);
+            // What stays is called partial, and has no manifest. The lock goes last:
+            // who has a new one may have begun, and the folder stays.
+            let _ = remove_all_but_lock(&self.partial)
+                .and_then(|()| remove(&self.partial.join(LOCK)))
+                .map(|()| fs::remove_dir(&self.partial));
         }
+    }
+}
+
+/// Removes what is in the folder `partial`, whose lock is held.
+fn remove_all_but_lock(partial: &Path) -> Result<(), FolderError> {
+    let lock = partial.join(LOCK);
+    let left = fs::read_dir(partial).map_err(|error| explain(partial, error))?;
+    for file in left {
+        let path = file.map_err(|error| explain(partial, error))?.path();
+        if path != lock {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), FolderError> {
+    fs::remove_file(path).map_err(|error| explain(path, error))
+}
+
+/// Whether `file` is the one that is called `path` now.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let own = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -492,6 +530,42 @@ mod tests {
         write(&folder, 3);
         assert_eq!(read(&folder).unwrap().len(), 3);
         assert!(!partial.exists());
+    }
+
+    #[test]
+    fn a_backup_that_is_whole_was_not_touched_by_another_one_of_its_name() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let place = tempfile::tempdir().unwrap();
+        for number in 0..50 {
+            let folder = place.path().join(number.to_string());
+            let mut writer = Writer::begin(&folder).unwrap();
+            writer.append(&[entry(1), entry(2)]).unwrap();
+            let is_over = AtomicBool::new(false);
+            let finished = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        drop(Writer::begin(&folder));
+                    }
+                });
+                let finished = writer.finish(blank());
+                is_over.store(true, Ordering::Relaxed);
+                finished
+            });
+            finished.unwrap();
+            assert_eq!(read(&folder).unwrap().len(), 2, "backup {number}");
+        }
+    }
+
+    #[test]
+    fn a_lock_that_was_moved_away_meanwhile_is_not_taken() {
+        let place = tempfile::tempdir().unwrap();
+        let (here, there) = (place.path().join("here"), place.path().join("there"));
+        let lock = File::create(&here).unwrap();
+        assert!(is_at(&lock, &here).unwrap());
+        fs::rename(&here, &there).unwrap();
+        assert!(!is_at(&lock, &here).unwrap());
+        File::create(&here).unwrap();
+        assert!(!is_at(&lock, &here).unwrap());
     }
 
     #[test]
