@@ -422,6 +422,8 @@ impl<D: Dialect> Link<D> {
                 tracing::debug!("a link has ended: {error}");
             }
             reader.end::<D>(&link.inbox);
+            // What has gathered behind it waits for nobody else.
+            link.flush();
         })?;
         Ok(session)
     }
@@ -468,4 +470,46 @@ fn take_answers<D: Dialect>(
         ended.push((call, serde_json::from_slice(body).map_err(|_| CallError::NotSent)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::unbounded;
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+
+    /// How long what must happen may take.
+    const WAIT: Duration = Duration::from_secs(20);
+
+    struct Gathering;
+
+    impl Dialect for Gathering {
+        type Call = u8;
+        type Request = String;
+        type Answer = String;
+
+        const GATHERS: bool = true;
+
+        fn lane(_: &String) -> Lane {
+            Lane::Prompt
+        }
+    }
+
+    #[test]
+    fn calls_that_gather_behind_one_whose_connection_ends_end_too() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("IPv4") };
+        let (sender, ended) = unbounded();
+        let links = Links::<Gathering>::new(Arc::new(move |calls| {
+            calls.into_iter().for_each(|(call, _)| sender.send(call).unwrap());
+        }));
+        let call = |call| links.queue(address, call, "a call".into()).unwrap().flush();
+        call(1);
+        let (mut stream, _) = listener.accept().unwrap();
+        drop(listener);
+        stream.read_exact(&mut [0; 4]).unwrap();
+        call(2);
+        drop(stream);
+        assert_eq!([(); 2].map(|()| ended.recv_timeout(WAIT)), [Ok(1), Ok(2)]);
+    }
 }
