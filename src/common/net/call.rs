@@ -26,6 +26,10 @@ const BRIEF: Duration = Duration::from_secs(1);
 /// How often whoever waits for an answer looks whether that is in vain.
 const GLANCE: Duration = Duration::from_millis(100);
 
+/// While somebody has answered within this time, nobody asks anew who is called what: to
+/// ask can take longer than a lease lasts.
+const RESOLVE_AFTER: Duration = Duration::from_secs(10);
+
 /// How many times one walk goes where it is sent.
 const MAX_HINTS: u32 = 3;
 
@@ -410,6 +414,9 @@ impl Company {
 pub struct Walker {
     hosts: Vec<HostPort>,
     range: PortRange,
+    resolve: fn(&[HostPort], PortRange) -> io::Result<Vec<SocketAddrV4>>,
+    /// Where they were when that was asked last.
+    resolved: Vec<SocketAddrV4>,
     caller: Option<Caller>,
     company: Company,
 }
@@ -417,13 +424,14 @@ pub struct Walker {
 impl Walker {
     /// A walker along `hosts`, in `company`.
     pub fn new(hosts: Vec<HostPort>, range: PortRange, company: Company) -> Self {
-        Self { hosts, range, caller: None, company }
+        let (resolve, resolved) = (addresses, Vec::new());
+        Self { hosts, range, resolve, resolved, caller: None, company }
     }
 
     /// Asks until somebody answers without an error, at most `limit` at each
     /// address.
     pub fn ask(&mut self, request: &impl Serialize, limit: Duration) -> Walked {
-        let mut addresses = addresses(&self.hosts, self.range).unwrap_or_default();
+        let mut asleep = None;
         if let Some(mut caller) = self.caller.take() {
             let from = caller.address;
             let deadline = Instant::now() + limit;
@@ -435,10 +443,12 @@ impl Walker {
                 }
                 // An original closes after each reply.
                 Err(CallFailure::Closed) | Ok(_) => {}
-                // It may be asleep: the others first.
-                Err(_) => addresses.sort_by_key(|address| *address == from),
+                Err(_) => asleep = Some(from),
             }
         }
+        let mut addresses = self.addresses();
+        // The others first.
+        addresses.sort_by_key(|address| Some(*address) == asleep);
         if let Some((last, _)) = self.company.last() {
             addresses.sort_by_key(|address| *address != last);
         }
@@ -446,6 +456,17 @@ impl Walker {
         let (walked, caller) = walk_on(&addresses, request, patience, &self.company, false);
         self.caller = caller;
         walked
+    }
+
+    /// Where to ask.
+    fn addresses(&mut self) -> Vec<SocketAddrV4> {
+        let has_answered = |(_, at): (_, Instant)| at.elapsed() < RESOLVE_AFTER;
+        if self.resolved.is_empty() || !self.company.last().is_some_and(has_answered) {
+            let found = (self.resolve)(&self.hosts, self.range);
+            // Those that were found before will do.
+            self.resolved = found.unwrap_or_else(|_| std::mem::take(&mut self.resolved));
+        }
+        self.resolved.clone()
     }
 }
 
@@ -520,6 +541,28 @@ mod tests {
             }
         };
         assert!(matches!(walked, Walked::Answer { from, .. } if from == second), "{walked:?}");
+    }
+
+    #[test]
+    fn while_a_connection_is_kept_nobody_asks_who_is_called_what() {
+        let (listener, address) = listener();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut frame = Vec::new();
+            append_frame(&mut frame, &"an answer").unwrap();
+            while stream.read(&mut [0; 64]).is_ok_and(|count| count > 0) {
+                stream.write_all(&frame).unwrap();
+            }
+        });
+        let mut walker = walker(&[address], &Company::default());
+        for _ in 0..3 {
+            let walked = walker.ask(&"a beat", PATIENCE);
+            assert!(matches!(walked, Walked::Answer { .. }), "{walked:?}");
+            walker.resolve = |_, _| panic!("a resolver can take its time");
+        }
+        // Nor at once when it is gone: who has answered lately is where he was.
+        walker.caller = None;
+        assert!(matches!(walker.ask(&"a beat", GLANCE), Walked::Silence(_)));
     }
 
     /// Answers each connection once with `reply`, as long as the test runs.
