@@ -165,11 +165,22 @@ pub fn get(
         bar.0.inc(piece.len() as u64);
         Ok(())
     })
-    .and_then(|()| Ok(file.set_len(length).and_then(|()| fs::rename(&part, local))?));
+    .and_then(|()| {
+        file.set_len(length)?;
+        // What is said to be there is there after a loss of power, too.
+        file.sync_all()?;
+        fs::rename(&part, local)?;
+        Ok(sync_folder_of(local)?)
+    });
     if moved.is_err() {
         let _ = fs::remove_file(&part);
     }
     moved
+}
+
+fn sync_folder_of(local: &Path) -> io::Result<()> {
+    let folder = local.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// Reads the first `length` bytes of the file `name`, some pieces ahead, and hands the
