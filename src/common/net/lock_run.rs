@@ -12,8 +12,10 @@
 //! ([`TOKEN`]).
 
 use super::ask::{Asker, exit_status};
+use super::clock::Clock;
 use super::threads;
 use crate::kv::operation::{Command, Conclusion, Operation, Verdict};
+use crate::machine::Time;
 use crate::view::Token;
 use crate::view::messages::{LockCall, LockKeep};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never};
@@ -25,7 +27,7 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ExitStatus};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The name of the lock, in the command's environment.
 pub const LOCK: &str = "RINGLEADER_LOCK";
@@ -41,13 +43,17 @@ const SIGNS: u32 = 4;
 const TERM_PART: u32 = 4;
 const KILL_PART: u32 = 20;
 
+/// How often the clock is looked at: a wait stands still while the machine is
+/// suspended, and the lock does not wait.
+const GLANCE: Duration = Duration::from_millis(200);
+
 /// What happens while the command runs.
 #[derive(Debug)]
 enum Event {
     /// It has ended.
     Ended(io::Result<ExitStatus>),
     /// A sign of life that was sent then has got through.
-    Kept(Instant),
+    Kept(Time),
     /// The lock is not held any more.
     Lost,
     /// The user wants to end.
@@ -79,12 +85,14 @@ pub fn run(
         token: Some(token),
     };
     // The grant may be as old as the question for it: from here on time is known.
-    let begun = Instant::now();
+    let clock = Clock::default();
+    let begun = clock.now();
     let outcome = match sign_of_life(asker, &keep) {
         Some(true) => {
             let program = start(&call.lockid, token, command);
-            program
-                .and_then(|child| watch(asker, keep, child, begun, ttl, (events, happened), &tell))
+            program.and_then(|child| {
+                watch(asker, keep, child, (clock, begun), ttl, (events, happened), &tell)
+            })
         }
         _ => {
             tell("the lock was lost before the command could begin");
@@ -205,7 +213,7 @@ fn watch(
     asker: &Asker,
     keep: LockKeep,
     program: Program,
-    begun: Instant,
+    (clock, begun): (Clock, Time),
     ttl: Duration,
     (events, happened): (Sender<Event>, Receiver<Event>),
     tell: &impl Fn(&str),
@@ -218,12 +226,12 @@ fn watch(
     })?;
     let (stop, stopped) = bounded::<()>(0);
     let patient = Asker { timeout: ttl / SIGNS, ..asker.clone() };
-    threads::start("keeper", move || keep_alive(&patient, &keep, ttl, &events, &stopped))?;
+    threads::start("keeper", move || keep_alive(&patient, &keep, clock, ttl, &events, &stopped))?;
     let (mut end, mut is_lost) = (begun + ttl, false);
     let status = loop {
-        let next = if is_lost { end - ttl / KILL_PART } else { end - ttl / TERM_PART };
-        let wait = next.saturating_duration_since(Instant::now());
-        match happened.recv_timeout(wait) {
+        let part = if is_lost { KILL_PART } else { TERM_PART };
+        let wait = end.since(clock.now()).saturating_sub(ttl / part);
+        match happened.recv_timeout(wait.min(GLANCE)) {
             Ok(Event::Ended(status)) => break status?,
             Ok(Event::Kept(sent)) if !is_lost => end = sent + ttl,
             Ok(Event::Kept(_)) => {}
@@ -235,10 +243,11 @@ fn watch(
             Ok(Event::Lost) => {}
             Ok(Event::Signal(SIGINT)) => target.signal(Signal::INT),
             Ok(Event::Signal(_)) => target.signal(Signal::TERM),
+            Err(RecvTimeoutError::Timeout) if wait > GLANCE => {}
             Err(RecvTimeoutError::Timeout) if is_lost => {
                 target.signal(Signal::KILL);
                 // Not again and again: it has only to be waited for now.
-                end += ttl;
+                end = end + ttl;
             }
             Err(_) => {
                 is_lost = true;
@@ -259,12 +268,13 @@ fn watch(
 fn keep_alive(
     asker: &Asker,
     keep: &LockKeep,
+    clock: Clock,
     ttl: Duration,
     events: &Sender<Event>,
     stopped: &Receiver<()>,
 ) {
     loop {
-        let sent = Instant::now();
+        let sent = clock.now();
         let event = match sign_of_life(asker, keep) {
             Some(true) => Some(Event::Kept(sent)),
             Some(false) => Some(Event::Lost),
@@ -273,7 +283,7 @@ fn keep_alive(
         if event.is_some_and(|event| events.send(event).is_err()) {
             return;
         }
-        let rest = (ttl / SIGNS).saturating_sub(sent.elapsed());
+        let rest = (ttl / SIGNS).saturating_sub(clock.now().since(sent));
         match stopped.recv_timeout(rest) {
             Err(RecvTimeoutError::Timeout) => {}
             _ => return,
