@@ -11,6 +11,7 @@
 //! a client does not accept is left to a thread of its own, and while that is at it
 //! no more requests are read.
 
+use super::call::CallFailure;
 use super::listen::Connections;
 use super::xml_rpc::{self, Method};
 use super::{call, http, threads};
@@ -405,8 +406,16 @@ fn converse<S: Service>(
             // Once is enough: two that take each other for the leader are both wrong.
             let leader = service.leader_elsewhere().filter(|_| !is_passed_on);
             let deadline = Instant::now() + ANSWER_TIMEOUT;
-            let passed_on = leader.and_then(|leader| http::post(leader, body, deadline).ok());
-            passed_on.unwrap_or_else(|| xml_rpc::answer(&**service, methods, body))
+            match leader.map(|leader| http::post(leader, body, deadline)) {
+                Some(Ok(reply)) => reply,
+                None | Some(Err(CallFailure::NotSent(_))) => {
+                    xml_rpc::answer(&**service, methods, body)
+                }
+                // What the leader may have carried out is not carried out once more.
+                Some(Err(failure)) => xml_rpc::refuse(Refusal::unknown_outcome(format!(
+                    "it was passed on to the one that leads, and may have been done: {failure}"
+                ))),
+            }
         };
         return http::serve(stream, connections, answer);
     }
@@ -638,5 +647,100 @@ impl<S: Service> Conversation<'_, S> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::listen;
+    use super::*;
+    use std::net::{SocketAddr, TcpListener};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    /// How long what must happen may take.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// One of several that counts the calls which it carries out itself.
+    struct Follower {
+        leader: SocketAddrV4,
+        calls: AtomicUsize,
+    }
+
+    impl Service for Follower {
+        type Request = ();
+        type Reply = ();
+
+        fn decode(&self, _: &[u8]) -> Result<(), Refusal> {
+            Ok(())
+        }
+
+        fn class(&self, (): &()) -> Class {
+            Class::Alone
+        }
+
+        fn begin(&self, _: Ipv4Addr, (): (), ticket: Ticket<()>) {
+            ticket.reply(());
+        }
+
+        fn refused(&self, _: Refusal) {}
+
+        fn leader_elsewhere(&self) -> Option<SocketAddrV4> {
+            Some(self.leader)
+        }
+
+        fn methods(&self) -> &'static [Method<Self>] {
+            &[Method {
+                name: "count",
+                signature: &["int"],
+                help: "Counts.",
+                run: |follower, _| {
+                    let before = follower.calls.fetch_add(1, Ordering::Relaxed);
+                    Ok(xml_rpc::number(before as u64 + 1))
+                },
+            }]
+        }
+    }
+
+    fn listener() -> (TcpListener, SocketAddrV4) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let Ok(SocketAddr::V4(address)) = listener.local_addr() else { panic!("an address") };
+        (listener, address)
+    }
+
+    /// What a follower of `leader` answers, and how many calls it has carried out itself.
+    fn ask_follower(leader: SocketAddrV4) -> (xml_rpc::Outcome, usize) {
+        let (listener, address) = listener();
+        let follower = Arc::new(Follower { leader, calls: AtomicUsize::new(0) });
+        let connections = listen::serve(listener, 10, Arc::clone(&follower)).unwrap();
+        let call = xml_rpc::write_call("count", vec![]).unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
+        let head = format!("POST /RPC2 HTTP/1.0\r\nContent-Length: {}\r\n\r\n", call.len());
+        stream.write_all(&[head.as_bytes(), &call].concat()).unwrap();
+        let mut reply = String::new();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.read_to_string(&mut reply).unwrap();
+        connections.stop();
+        let (_, body) = reply.split_once("\r\n\r\n").unwrap();
+        (xml_rpc::read_reply(body.as_bytes()), follower.calls.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn a_call_that_the_leader_may_have_carried_out_is_not_carried_out_here() {
+        let (leader, address) = listener();
+        thread::spawn(move || {
+            // The call arrives, and there is no answer.
+            let (mut stream, _) = leader.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+        });
+        let (outcome, calls) = ask_follower(address);
+        assert_eq!((outcome.unwrap_err().code(), calls), (4, 0));
+    }
+
+    #[test]
+    fn a_call_that_can_not_have_reached_the_leader_is_answered_here() {
+        let (_, address) = listener();
+        let (outcome, calls) = ask_follower(address);
+        assert_eq!((outcome, calls), (Ok(xml_rpc::number(1)), 1));
     }
 }

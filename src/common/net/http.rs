@@ -7,6 +7,7 @@
 //! requests on one connection, one after the other. The crate `httparse` reads the
 //! heads.
 
+use super::call::CallFailure;
 use super::connection::{FRAME_TIMEOUT, IDLE_TIMEOUT};
 use super::listen::Connections;
 use std::io::{self, ErrorKind, Read, Write};
@@ -275,18 +276,30 @@ fn parse(read: &[u8]) -> Result<Head, NoHead> {
 /// Makes one call by HTTP on a connection of its own; gives the body of the answer.
 ///
 /// # Errors
-/// When there is no answer until `deadline`, or another one than success.
-pub(super) fn post(to: SocketAddrV4, body: &[u8], deadline: Instant) -> io::Result<Vec<u8>> {
+/// When there is no answer until `deadline`, or another one than success; what became of
+/// the call then is known only if it was not sent.
+pub(super) fn post(
+    to: SocketAddrV4,
+    body: &[u8],
+    deadline: Instant,
+) -> Result<Vec<u8>, CallFailure> {
     let left = || deadline.saturating_duration_since(Instant::now()).max(LEAST_WAIT);
-    let stream = super::call::connect(to, left())?;
-    stream.set_write_timeout(Some(left()))?;
-    stream.set_read_timeout(Some(left()))?;
+    let connect = || {
+        let stream = super::call::connect(to, left())?;
+        stream.set_write_timeout(Some(left()))?;
+        stream.set_read_timeout(Some(left()))?;
+        Ok(stream)
+    };
+    let stream = connect().map_err(CallFailure::NotSent)?;
+    exchange(&stream, to, body).map_err(CallFailure::Lost)
+}
+
+fn exchange(mut stream: &TcpStream, to: SocketAddrV4, body: &[u8]) -> io::Result<Vec<u8>> {
     let head = format!(
         "POST /RPC2 HTTP/1.0\r\nHost: {to}\r\nVia: 1.0 ringleader\r\nContent-Type: text/xml\r\n\
          Content-Length: {}\r\n\r\n",
         body.len()
     );
-    let mut stream = &stream;
     stream.write_all(&[head.as_bytes(), body].concat())?;
     let mut read = Vec::new();
     // By HTTP 1.0 the answer ends where the connection does.

@@ -54,6 +54,15 @@ pub(super) fn answer<S>(service: &S, methods: &[Method<S>], body: &[u8]) -> Vec<
         let arguments = Arguments { values: call.params.into_iter(), next: 1 };
         carry_out(service, methods, &call.name, arguments)
     });
+    write_reply(outcome)
+}
+
+/// Says no to a call.
+pub(super) fn refuse(refusal: Refusal) -> Vec<u8> {
+    write_reply(Err(fault(refusal)))
+}
+
+fn write_reply(outcome: Outcome) -> Vec<u8> {
     let written = match outcome {
         Ok(value) => MethodResponse { value }.to_xml(),
         Err(fault) => FaultResponse { fault }.to_xml(),
