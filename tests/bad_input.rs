@@ -17,6 +17,8 @@ mod support;
 #[path = "bad_input/table.rs"]
 mod table;
 
+use ringleader::gfs::MAX_PIECE_BYTES;
+use ringleader::gfs::messages::{MasterRequest, Status};
 use ringleader::kv::ring::Point;
 use ringleader::view::Group;
 use serde_json::{Value, json};
@@ -28,8 +30,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use support::files::{self, System};
 use support::process::{PATIENCE, Program, wait_until};
-use support::systems::{our_server, our_viewleader, view_of, wait_until_at_rest};
+use support::systems::{local, our_server, our_viewleader, view_of, wait_until_at_rest};
 use support::wire::{Connection, Reply, call, frame, frame_announcing};
 use table::{Case, MAX_FRAME, MAX_KEY, MAX_VALUE, Must};
 use tempfile::TempDir;
@@ -653,4 +656,86 @@ fn a_thousand_requests_in_one_write_are_answered_in_order() {
         assert_closed(&mut connection).unwrap();
         target.assert_unharmed();
     }
+}
+
+/// How much memory `program` takes, in KiB.
+fn memory_of(program: &Program) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", program.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Sends `requests` to `program` and takes no answer for a while, which must cost it
+/// little and nobody else anything. Gives the connection, on which all answers come.
+fn ask_and_not_listen(
+    program: &Program,
+    address: SocketAddrV4,
+    requests: &[Value],
+    good: &Value,
+) -> Connection {
+    const MOST: u64 = 64 * 1024;
+    const WHILE: Duration = Duration::from_secs(2);
+    let frames = requests.iter().flat_map(|request| frame(request.to_string().as_bytes()));
+    let witness = Witness::start(address, good.clone(), call(address, good).value());
+    let before = memory_of(program);
+    let mut connection = Connection::open(address).unwrap();
+    connection.send(&frames.collect::<Vec<u8>>());
+    let begun = Instant::now();
+    while begun.elapsed() < WHILE {
+        let more = memory_of(program).saturating_sub(before);
+        assert!(more < MOST, "{more} KiB for answers that nobody takes");
+        witness.assert_served().unwrap();
+    }
+    witness.end();
+    connection
+}
+
+#[test]
+fn large_values_that_nobody_takes_cost_a_server_little() {
+    let data = tempfile::tempdir().unwrap();
+    let mut viewleader = our_viewleader(0);
+    let leader = viewleader.listening();
+    let mut servers = ["a", "b"].map(|name| our_server(leader, 0, &data.path().join(name)));
+    let address = servers.each_mut().map(Program::listening)[0];
+    wait_until_at_rest(leader, 2);
+    // One that is read here, and one for which the other server is asked.
+    let key = |here: bool| {
+        let keys = (0..).map(|number| format!("key {number}"));
+        keys.into_iter().find(|key| (group_of(key, leader).1 == address) == here).unwrap()
+    };
+    let get = [true, false].map(|here| json!({"cmd": "getr", "key": key(here)}));
+    let value = "v".repeat(MAX_VALUE);
+    for get in &get {
+        let set = json!({"cmd": "setr", "key": get["key"], "val": value, "direct": true});
+        assert_eq!(call(address, &set).value()["status"], "ok");
+        assert_eq!(call(address, get).value()["status"], "ok");
+    }
+    let [here, there] = get;
+    let behind = [vec![there.clone()], vec![here; 199]].concat();
+    let good = json!({"cmd": "getr", "key": "small"});
+    for requests in [behind, vec![there; 200]] {
+        let mut connection = ask_and_not_listen(&servers[0], address, &requests, &good);
+        for _ in requests {
+            assert!(connection.receive().value()["value"] == *value, "another value came back");
+        }
+    }
+    servers.iter_mut().for_each(Program::assert_running);
+}
+
+#[test]
+fn pieces_of_files_that_nobody_takes_cost_a_chunkserver_little() {
+    let system = System::start(1, &[]);
+    let (mut client, name) = (system.client(), files::name("f"));
+    let create = MasterRequest::Create { name: name.clone(), chunk_bytes: None, copies: Some(1) };
+    let _: Status = client.ask(&create, false).unwrap();
+    client.write_piece(&name, 0, 0, &files::bytes(MAX_PIECE_BYTES)).unwrap();
+    let locate = json!({"cmd": "locate", "name": "f", "index": 0});
+    let located = call(system.at(), &locate).value();
+    let (chunk, version) = (&located["chunks"][0]["chunk"], &located["chunks"][0]["version"]);
+    let ask = |cmd| json!({"cmd": cmd, "chunk": chunk, "version": version});
+    let mut read = ask("read");
+    (read["offset"], read["length"]) = (json!(0), json!(MAX_PIECE_BYTES));
+    let server = &system.servers[0];
+    let program = server.program.as_ref().unwrap();
+    ask_and_not_listen(program, local(server.port), &vec![read; 200], &ask("length"));
 }

@@ -10,6 +10,10 @@
 //! Whoever brings a reply has other things to do and never waits for a client: what
 //! a client does not accept is left to a thread of its own, and while that is at it
 //! no more requests are read.
+//!
+//! What one connection holds is bounded, however much its client asks for and however
+//! little it takes: by the number of requests, by how long their answers can be, and by
+//! what is written out and waits to be sent.
 
 use super::call::CallFailure;
 use super::listen::Connections;
@@ -42,6 +46,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 /// How many requests of one connection can be under way at once.
 const MAX_PIPELINED: usize = 1024;
 
+/// How many bytes the answers to them may have in all, by what [`Service::weight`] says.
+const MAX_AWAITED_BYTES: usize = 32 * 1024 * 1024;
+
 /// Collected replies beyond this many bytes are written before more are taken.
 const WRITE_BATCH_BYTES: usize = 256 * 1024;
 
@@ -63,6 +70,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Which requests of one connection it may overlap with.
     fn class(&self, request: &Self::Request) -> Class;
+
+    /// About how many bytes the answer can take until it is written; nothing where it
+    /// is short, or only points to what is here anyway.
+    fn weight(&self, _request: &Self::Request) -> usize {
+        0
+    }
 
     /// The answer to a request that can be given at once and changes nothing.
     fn answer(&self, _request: &Self::Request) -> Option<Self::Reply> {
@@ -143,21 +156,21 @@ pub struct Ticket<R> {
 impl<R: Send + 'static> Ticket<R> {
     /// A ticket, and the answer that is given to it.
     pub fn new() -> (Self, Awaited<R>) {
-        let slot = Arc::new(Slot { outcome: Mutex::new(None), settled: Condvar::new() });
-        let replies: Arc<dyn Settle<R>> = Arc::<Slot<R>>::clone(&slot);
-        (Self { replies: Some(replies), number: 0 }, Awaited(slot))
+        let awaiting = Arc::new(Awaiting { outcome: Mutex::new(None), settled: Condvar::new() });
+        let replies: Arc<dyn Settle<R>> = Arc::<Awaiting<R>>::clone(&awaiting);
+        (Self { replies: Some(replies), number: 0 }, Awaited(awaiting))
     }
 }
 
 /// The answer to one request, which may still be to come.
-pub struct Awaited<R>(Arc<Slot<R>>);
+pub struct Awaited<R>(Arc<Awaiting<R>>);
 
-struct Slot<R> {
+struct Awaiting<R> {
     outcome: Mutex<Option<Outcome<R>>>,
     settled: Condvar,
 }
 
-impl<R: Send> Settle<R> for Slot<R> {
+impl<R: Send> Settle<R> for Awaiting<R> {
     fn settle(self: Arc<Self>, _: u64, outcome: Outcome<R>) {
         *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
         self.settled.notify_one();
@@ -212,7 +225,9 @@ struct State<R> {
     /// The number of the oldest request that is not answered.
     first: u64,
     /// What became of it and those after it, as far as that is known.
-    slots: VecDeque<Option<Outcome<R>>>,
+    slots: VecDeque<Slot<R>>,
+    /// How many bytes those can take.
+    awaited: usize,
     /// Replies in their order, not written yet.
     out: Vec<u8>,
     /// Somebody writes, and takes what is put into `out` meanwhile.
@@ -223,6 +238,29 @@ struct State<R> {
     is_awaited: bool,
     /// There will be no answers beyond those in `out`.
     is_over: bool,
+}
+
+/// The place of one request among those that are not answered.
+struct Slot<R> {
+    outcome: Option<Outcome<R>>,
+    /// How many bytes the answer can take.
+    weight: usize,
+}
+
+impl<R> State<R> {
+    /// Whether no more requests are to be begun.
+    fn is_full(&self) -> bool {
+        self.slots.len() >= MAX_PIPELINED
+            || self.awaited >= MAX_AWAITED_BYTES
+            || self.out.len() >= WRITE_BATCH_BYTES
+    }
+
+    /// Whether one that was full has room again: for so many that it is worth while.
+    fn has_room(&self) -> bool {
+        self.slots.len() <= MAX_PIPELINED / 2
+            && self.awaited <= MAX_AWAITED_BYTES / 2
+            && self.out.len() < WRITE_BATCH_BYTES
+    }
 }
 
 /// The side of a connection that answers.
@@ -238,7 +276,7 @@ impl<S: Service> Settle<S::Reply> for Replies<S> {
         let mut state = self.state();
         let Some(place) = number.checked_sub(state.first) else { return };
         let Some(slot) = state.slots.get_mut(place as usize) else { return };
-        *slot = Some(outcome);
+        slot.outcome = Some(outcome);
         if place > 0 || state.is_over {
             return;
         }
@@ -263,18 +301,24 @@ impl<S: Service> Replies<S> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts the replies that are next in order into `out`.
+    /// Puts the replies that are next in order into `out`, as far as they go with one
+    /// write. The others take less as they are.
     fn collect(&self, state: &mut State<S::Reply>) {
-        while let Some(Some(_)) = state.slots.front() {
-            let outcome = state.slots.pop_front().flatten();
+        while !state.is_over
+            && state.out.len() < WRITE_BATCH_BYTES
+            && let Some(outcome) = state.slots.front_mut().and_then(|slot| slot.outcome.take())
+        {
+            let weight = state.slots.pop_front().map_or(0, |slot| slot.weight);
             state.first += 1;
+            state.awaited -= weight;
             let appended = match outcome {
-                Some(Outcome::Reply(reply)) => append(&*self.service, &mut state.out, &reply),
-                Some(Outcome::Close) | None => false,
+                Outcome::Reply(reply) => append(&*self.service, &mut state.out, &reply),
+                Outcome::Close => false,
             };
             if !appended {
                 // What comes after it is not answered either.
                 state.slots.clear();
+                state.awaited = 0;
                 state.is_over = true;
             }
         }
@@ -301,6 +345,7 @@ impl<S: Service> Replies<S> {
                         out.shrink_to(WRITE_BATCH_BYTES);
                         state.out = out;
                     }
+                    self.collect(&mut state);
                 }
                 Ok(count) => {
                     out.drain(..count);
@@ -422,6 +467,7 @@ fn converse<S: Service>(
     let state = State {
         first: 0,
         slots: VecDeque::new(),
+        awaited: 0,
         out: Vec::new(),
         is_writing: false,
         is_corked: false,
@@ -431,8 +477,14 @@ fn converse<S: Service>(
     let (stream, service) = (Arc::clone(stream), Arc::clone(service));
     let replies = Replies { stream, service, state: Mutex::new(state), changed: Condvar::new() };
     let replies = Arc::new(replies);
-    let mut conversation =
-        Conversation { replies: &replies, host, begun: 0, asked: Vec::new(), out: Vec::new() };
+    let mut conversation = Conversation {
+        replies: &replies,
+        host,
+        begun: 0,
+        is_full: false,
+        asked: Vec::new(),
+        out: Vec::new(),
+    };
     let outcome = conversation.run(connections);
     // Whoever still brings a reply is too late.
     replies.state().is_over = true;
@@ -459,6 +511,8 @@ struct Conversation<'a, S: Service> {
     host: Ipv4Addr,
     /// How many requests have got a number.
     begun: u64,
+    /// With the last of them there were as many as can be.
+    is_full: bool,
     /// Requests that are to be begun together.
     asked: Vec<Asked<S>>,
     /// Replies that were given at once, while nothing else is unanswered or
@@ -485,9 +539,14 @@ impl<S: Service> Conversation<'_, S> {
                 };
                 let request = service.decode(body);
                 let next = request.as_ref().map_or(Class::Alone, |it| service.class(it));
-                let is_full = !is_clear && self.asked.len() >= MAX_PIPELINED;
-                if !is_clear && (next != class || next == Class::Alone || is_full) {
+                if !is_clear && (next != class || next == Class::Alone) {
                     self.finish()?;
+                    is_clear = self.cork();
+                }
+                if !is_clear && self.is_full {
+                    if !self.make_room()? {
+                        return Ok(());
+                    }
                     is_clear = self.cork();
                 }
                 class = next;
@@ -496,7 +555,7 @@ impl<S: Service> Conversation<'_, S> {
                     Ok(request) => match service.answer(&request) {
                         Some(reply) => self.take(reply, is_clear),
                         None => {
-                            let ticket = self.ticket();
+                            let ticket = self.ticket(service.weight(&request));
                             self.asked.push((request, ticket));
                             is_clear = false;
                         }
@@ -506,13 +565,7 @@ impl<S: Service> Conversation<'_, S> {
                     self.write_out()?;
                 }
             }
-            self.write_out()?;
-            self.begin();
-            self.uncork();
-            let has_room = |state: &State<S::Reply>| {
-                state.slots.len() < MAX_PIPELINED && state.out.len() < WRITE_BATCH_BYTES
-            };
-            if !is_clear && !has_room(&self.replies.state()) && !self.replies.wait_until(has_room) {
+            if !self.make_room()? {
                 return Ok(());
             }
             if connections.is_stopping() || !self.read(&mut decoder)? {
@@ -538,9 +591,23 @@ impl<S: Service> Conversation<'_, S> {
         }
     }
 
-    /// Where the answer to the next request goes.
-    fn ticket(&mut self) -> Ticket<S::Reply> {
-        self.replies.state().slots.push_back(None);
+    /// Begins what has been gathered, and waits while nothing more is to be begun.
+    /// Returns whether the connection goes on.
+    fn make_room(&mut self) -> io::Result<bool> {
+        self.write_out()?;
+        self.begin();
+        self.uncork();
+        let is_full = std::mem::take(&mut self.is_full) && self.replies.state().is_full();
+        Ok(!is_full || self.replies.wait_until(State::has_room))
+    }
+
+    /// Where the answer to the next request goes, which can take `weight` bytes.
+    fn ticket(&mut self, weight: usize) -> Ticket<S::Reply> {
+        let mut state = self.replies.state();
+        state.slots.push_back(Slot { outcome: None, weight });
+        state.awaited += weight;
+        self.is_full = state.is_full();
+        drop(state);
         let number = self.begun;
         self.begun += 1;
         let replies: Arc<dyn Settle<S::Reply>> = Arc::<Replies<S>>::clone(self.replies);
@@ -552,7 +619,7 @@ impl<S: Service> Conversation<'_, S> {
         if is_clear {
             append(&*self.replies.service, &mut self.out, &reply);
         } else {
-            self.ticket().reply(reply);
+            self.ticket(0).reply(reply);
         }
     }
 

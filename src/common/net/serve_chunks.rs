@@ -12,7 +12,7 @@ use crate::gfs::messages::{
     BeatReply, ChunkReply, ChunkRequest, MasterRequest, Packet, append_packet,
 };
 use crate::gfs::vault::{Opened, ReadTrouble, Vault};
-use crate::gfs::{BLOCK_BYTES, ChunkId};
+use crate::gfs::{BLOCK_BYTES, ChunkId, MAX_PIECE_BYTES};
 use crate::machine::{Machine, Time};
 use crate::store::Store;
 use crate::wire::address::PortRange;
@@ -292,6 +292,13 @@ impl Service for ChunkShell {
             ChunkRequest::Read { .. } | ChunkRequest::Length { .. } => Class::Read,
             ChunkRequest::Write { .. } | ChunkRequest::Append { .. } => Class::Write,
             _ => Class::Alone,
+        }
+    }
+
+    fn weight(&self, request: &Packet<ChunkRequest>) -> usize {
+        match request.message {
+            ChunkRequest::Read { length, .. } => length.min(MAX_PIECE_BYTES),
+            _ => 0,
         }
     }
 

@@ -7,6 +7,7 @@ use super::daemon;
 use super::journal::Journal;
 use super::links::{self, Dialect, Lane, Link, Links};
 use super::threads;
+use crate::kv::MAX_VALUE_BYTES;
 use crate::kv::disk::{self, Record};
 use crate::kv::messages::{Answer, Public, Reply, Request};
 use crate::kv::server::{
@@ -277,6 +278,14 @@ impl Service for KvShell {
             Request::Public(Public::Setr(_) | Public::Load(_)) => Class::Write,
             Request::Public(_) => Class::Alone,
             Request::Op(_) | Request::Peer(_) => Class::Server,
+        }
+    }
+
+    /// A value that another server has.
+    fn weight(&self, request: &Request) -> usize {
+        match request {
+            Request::Public(Public::Get(_) | Public::Getr(_)) => MAX_VALUE_BYTES,
+            _ => 0,
         }
     }
 

@@ -20,6 +20,9 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// About how many bytes a page of the longest names takes.
+const PAGE_BYTES: usize = 1024 * 1024;
+
 type Reply = Ticket<MasterReply>;
 
 /// A master behind a listener.
@@ -128,6 +131,13 @@ impl Service for MasterShell {
             ) => Class::Read,
             Request::Master(MasterRequest::Create { .. }) => Class::Write,
             Request::Master(_) => Class::Alone,
+        }
+    }
+
+    fn weight(&self, request: &Request) -> usize {
+        match request {
+            Request::Master(MasterRequest::Ls { .. }) => PAGE_BYTES,
+            _ => 0,
         }
     }
 
