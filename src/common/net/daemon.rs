@@ -3,9 +3,11 @@
 use super::threads;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
+use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, IsTerminal, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -46,14 +48,36 @@ pub fn log_to_stderr(filter: Option<&str>) -> Result<(), Box<dyn std::error::Err
     Ok(())
 }
 
+thread_local! {
+    /// Whether a panic of this thread is caught by [`catch`].
+    static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
 /// A panic is a bug. Whatever it has left half done under a lock, nobody goes on
-/// with: the process ends, and the others take over.
-fn end_on_panic() {
+/// with: the process ends, and the others take over. Only where [`catch`] waits for it
+/// there is somebody who says what it means.
+pub(crate) fn end_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        std::process::exit(101);
+        if IS_CAUGHT.get() {
+            tracing::error!("{panic}");
+        } else {
+            report(panic);
+            std::process::exit(101);
+        }
     }));
+}
+
+/// Does `work` of which a panic can be told from the outside, and catches it: in a
+/// daemon, too.
+///
+/// # Errors
+/// What it has panicked with.
+pub(crate) fn catch<R>(work: impl FnOnce() -> R) -> std::thread::Result<R> {
+    let before = IS_CAUGHT.replace(true);
+    let outcome = catch_unwind(AssertUnwindSafe(work));
+    IS_CAUGHT.set(before);
+    outcome
 }
 
 /// Ends this process at once: going on could do harm.

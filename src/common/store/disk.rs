@@ -48,6 +48,7 @@
 use super::journal;
 use super::upkeep::Upkeep;
 use super::{Change, Durability, Space, Store, StoreError};
+use crate::net::daemon;
 use fjall::compaction::Leveled;
 use fjall::{
     AbstractTree as _, CompressionType, Database, Keyspace, KeyspaceCreateOptions, PersistMode,
@@ -55,7 +56,6 @@ use fjall::{
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -224,8 +224,7 @@ impl Store for DiskStore {
         self.check_room(bytes, removes == batch.len())?;
         let write = || self.wait_for_workers().and_then(|()| self.write(batch));
         // A worker that panicked has left its locks poisoned.
-        let outcome = catch_unwind(AssertUnwindSafe(write))
-            .unwrap_or_else(|_| Err(failed(fjall::Error::Poisoned)));
+        let outcome = daemon::catch(write).unwrap_or_else(|_| Err(failed(fjall::Error::Poisoned)));
         self.failed = outcome.as_ref().err().cloned();
         self.upkeep.removed(removes);
         outcome
@@ -347,7 +346,7 @@ fn open_engine(path: &Path) -> Result<Database, fjall::Error> {
         // engine would cut there: `journal.rs` can only see through it plain.
         .journal_compression(CompressionType::None);
     // It asserts some of what it reads.
-    catch_unwind(AssertUnwindSafe(|| builder.open())).unwrap_or(Err(fjall::Error::Unrecoverable))
+    daemon::catch(|| builder.open()).unwrap_or(Err(fjall::Error::Unrecoverable))
 }
 
 /// How tables are merged.
