@@ -78,6 +78,35 @@ fn a_daemon_listens_on_the_port_and_address_that_it_is_told() {
     }
 }
 
+/// Starts `command` under limits of open files, a soft and a hard one.
+fn under_limits(name: &str, command: &Command, soft: u32, hard: u32) -> Program {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("ulimit -Sn {soft} && ulimit -Hn {hard} && exec \"$0\" \"$@\"")]);
+    Program::start(name, shell.arg(command.get_program()).args(command.get_args()))
+}
+
+#[test]
+fn a_daemon_takes_as_many_open_files_as_it_may_and_says_if_they_are_too_few() {
+    let data = tempfile::tempdir().unwrap();
+    for (name, command, _) in both(data.path(), &["--listen", "127.0.0.1:0"]) {
+        let mut program = under_limits(name, &command, 256, 1000);
+        program.listening();
+        let limits = fs::read_to_string(format!("/proc/{}/limits", program.id())).unwrap();
+        let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let numbers: Vec<&str> = files.split_whitespace().skip(3).take(2).collect();
+        assert_eq!(numbers, ["1000", "1000"], "{name}");
+        wait_until("it says that they are too few", PATIENCE, || {
+            program.stderr().contains("--max-connections").then_some(())
+        });
+    }
+    let flags = ["--listen", "127.0.0.1:0", "--max-connections", "100"];
+    for (name, command, _) in both(&data.path().join("few"), &flags) {
+        let mut program = under_limits(name, &command, 256, 1000);
+        program.listening();
+        assert!(!program.stderr().contains("--max-connections"), "{}", program.stderr());
+    }
+}
+
 #[test]
 fn a_daemon_names_its_version_and_helps() {
     let data = tempfile::tempdir().unwrap();

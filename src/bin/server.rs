@@ -89,6 +89,7 @@ fn main() -> ExitCode {
 
 fn run(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     daemon::log_to_stderr(flags.log.as_deref())?;
+    daemon::raise_file_limit(flags.max_connections);
     let end = End::prepare()?;
     if flags.end_with_stdin {
         end.with_stdin()?;

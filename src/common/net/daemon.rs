@@ -1,6 +1,7 @@
 //! What every daemon does: log, print, wait for its end, say why it can't start.
 
 use super::threads;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use std::cell::Cell;
@@ -11,6 +12,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
+
+/// How many files a daemon has open that are no connections of clients: its store's,
+/// and connections to others like it.
+const OTHER_FILES: usize = 512;
 
 /// Runs a daemon called `name`; an error becomes one line on standard error and
 /// a failing exit code.
@@ -78,6 +83,26 @@ pub(crate) fn catch<R>(work: impl FnOnce() -> R) -> std::thread::Result<R> {
     let outcome = catch_unwind(AssertUnwindSafe(work));
     IS_CAUGHT.set(before);
     outcome
+}
+
+/// Lets this process have as many open files as the system allows it at all, and warns
+/// when those are too few for so many `connections`.
+pub fn raise_file_limit(connections: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let current = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    };
+    // No number means no limit.
+    let Some(current) = current else { return };
+    let needed = connections.saturating_add(OTHER_FILES) as u64;
+    if current < needed {
+        tracing::warn!(
+            "{current} open files are allowed, too few for {connections} connections: raise the \
+             limit (ulimit -n) to {needed}, or choose fewer with --max-connections"
+        );
+    }
 }
 
 /// Ends this process at once: going on could do harm.
