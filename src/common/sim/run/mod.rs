@@ -52,7 +52,7 @@ use std::time::Duration;
 pub const TO_REST: Duration = Duration::from_secs(90);
 
 /// How long everything must stay at rest.
-const STILL: Duration = Duration::from_secs(1);
+const STILL: Duration = Duration::from_millis(500);
 
 /// Never.
 const NEVER: Time = Time::from_micros(u64::MAX);

@@ -219,7 +219,8 @@ impl Run {
             self.clients.all[client].state = pause;
             return Ok(());
         }
-        if self.rng.random_bool(0.15) {
+        // In the end nobody keeps others waiting for long.
+        if now < self.clients.all[client].stops && self.rng.random_bool(0.15) {
             self.sleep(client, held);
             return Ok(());
         }

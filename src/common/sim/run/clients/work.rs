@@ -22,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// any delay.
 const LATEST: Duration = Duration::from_secs(16);
 
+/// The same once everything is well: what is late and comes twice takes 8 s.
+const LATEST_OF_THE_WELL: Duration = Duration::from_secs(10);
+
 impl Run {
     /// Gives clients their answers, and lets those begin something who have nothing
     /// to do.
@@ -269,7 +272,7 @@ impl Run {
                     self.then(client, Duration::from_millis(500), job);
                 } else if late {
                     let wish = wish.released_anew(&mut self.rng);
-                    self.then(client, LATEST, Job::Unlock { wish, late: false });
+                    self.then(client, self.latest(), Job::Unlock { wish, late: false });
                 }
                 Ok(())
             }
@@ -285,7 +288,7 @@ impl Run {
                 let then = self.clients.wishes.pop_front();
                 // A removal has no number: one that comes late removes whoever is at
                 // that address then.
-                let pause = if late { LATEST } else { Duration::ZERO };
+                let pause = if late { self.latest() } else { Duration::ZERO };
                 let next = if then.is_some() { self.cluster.now() + pause } else { NEVER };
                 self.clients.all[client].state = State::Idle { next, then };
                 if !late {
@@ -303,6 +306,12 @@ impl Run {
                 self.look_at_key(&key)
             }
         }
+    }
+
+    /// After how long nothing arrives any more that is on its way now.
+    fn latest(&self) -> Duration {
+        let is_well = self.cluster.now() >= Time::default() + self.options.busy;
+        if is_well { LATEST_OF_THE_WELL } else { LATEST }
     }
 
     /// The client remembers what it was told of the key.
