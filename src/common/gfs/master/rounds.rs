@@ -157,7 +157,11 @@ impl<T> Leader<T> {
         failed: Option<FailedPrimary>,
         effects: &mut Vec<Effect<T>>,
     ) {
-        if self.is_frozen(&waiter.name) && self.parked.len() < MAX_WAITING {
+        if self.is_frozen(&waiter.name) {
+            if self.parked.len() >= MAX_WAITING {
+                let refusal = Refusal::unavailable("too many wait for a snapshot: try again");
+                return refuse(waiter.to, refusal, effects);
+            }
             return self.parked.push(waiter);
         }
         let (name, index) = (waiter.name.clone(), waiter.index);
@@ -169,6 +173,12 @@ impl<T> Leader<T> {
             let change = Change::AddChunk { name, index };
             return self.propose(change, Asker::Seeker(waiter), effects);
         };
+        let Some(known) = self.state.chunk(chunk) else { return };
+        // Before anything else: a round of a shared chunk may be under way, and leads to nobody.
+        if known.is_shared() {
+            let change = Change::Copy { name, index, of: chunk };
+            return self.propose(change, Asker::Seeker(waiter), effects);
+        }
         if let Some(round) = self.rounds.get_mut(&chunk) {
             if round.waiters.len() >= MAX_WAITING {
                 let refusal = Refusal::unavailable("too many wait for this chunk: try again");
@@ -176,11 +186,6 @@ impl<T> Leader<T> {
             }
             round.lease = true;
             return round.waiters.push(waiter);
-        }
-        let Some(known) = self.state.chunk(chunk) else { return };
-        if known.is_shared() {
-            let change = Change::Copy { name, index, of: chunk };
-            return self.propose(change, Asker::Seeker(waiter), effects);
         }
         let primary = self.primaries.get(&chunk).copied();
         let address = primary.and_then(|number| self.address_of(number));
@@ -385,15 +390,14 @@ impl<T> Leader<T> {
         let is_waited_for = round.asked.values().any(|asked| matches!(asked, Asked::Waiting(_)));
         let is_served_elsewhere = round.stops.values().any(|stop| *stop > now);
         let members = round.agreed();
-        let (made, is_frozen) = (round.made, self.has_frozen(chunk));
-        if made.flatten().is_some_and(|source| self.rounds.contains_key(&source)) {
+        if round.made.flatten().is_some_and(|source| self.rounds.contains_key(&source)) {
             // What it is a copy of is made equal first.
             return;
         }
         let Some(round) = self.rounds.get_mut(&chunk) else { return };
         if !is_waited_for && !is_served_elsewhere && !members.is_empty() && now >= round.rests_until
         {
-            let behind = round.behind(!round.lease || is_frozen);
+            let behind = round.behind(!round.lease);
             if !behind.is_empty() {
                 return self.bring_up(chunk, &behind, effects);
             }
@@ -428,12 +432,6 @@ impl<T> Leader<T> {
         }
     }
 
-    /// Whether somebody waits for a lease who has to wait for a snapshot.
-    fn has_frozen(&self, chunk: ChunkId) -> bool {
-        let waiters = self.rounds.get(&chunk).into_iter().flat_map(|round| &round.waiters);
-        waiters.into_iter().any(|waiter| self.is_frozen(&waiter.name))
-    }
-
     /// Ends a round that came to nothing: everything is as it was before.
     fn give_up(&mut self, chunk: ChunkId) {
         self.rounds.remove(&chunk);
@@ -451,7 +449,7 @@ impl<T> Leader<T> {
         outcome: &Outcome,
         effects: &mut Vec<Effect<T>>,
     ) {
-        let Some(mut round) = self.rounds.remove(&chunk) else { return };
+        let Some(round) = self.rounds.remove(&chunk) else { return };
         let Change::Confirm { members, version, .. } = change else { return };
         if let Outcome::Refused(refusal) = outcome {
             for waiter in round.waiters {
@@ -482,9 +480,17 @@ impl<T> Leader<T> {
         self.repairs.look_again();
         let names: Vec<String> = members.iter().map(ToString::to_string).collect();
         effects.push(Effect::Note(format!("{chunk} is {version}: {}", names.join(" "))));
-        if round.waiters.iter().any(|waiter| self.is_frozen(&waiter.name)) {
-            self.parked.append(&mut round.waiters);
-            return;
+        let is_shared = self.state.chunk(chunk).is_some_and(|known| known.is_shared());
+        if is_shared || round.waiters.iter().any(|waiter| self.is_frozen(&waiter.name)) {
+            // Nobody writes to what a snapshot relies on: whoever wants to asks anew. What a
+            // primary would have made equal is made equal by one round more.
+            if round.lease {
+                self.begin_round(now, chunk, false, &[], &[], effects);
+            }
+            for waiter in round.waiters {
+                self.seek(now, waiter, None, effects);
+            }
+            return self.advance(now, chunk, effects);
         }
         if round.lease {
             self.lead(chunk, round, &members, effects);
