@@ -7,8 +7,9 @@
 //! * `pass 5s`: time goes by, with a tick and all heartbeats twice a second; `at 5s`,
 //!   `tick`: without heartbeats
 //! * `silent a`, `loud a`: it answers no calls, and sends no heartbeats; `deaf a`: it
-//!   answers no calls
-//! * `serial a CHUNK N`: its copy has so many mutations; `lose a CHUNK`: it has none
+//!   answers no calls; `mute a`: it does what it is told, and its answers are lost
+//! * `serial a CHUNK N`: its copy has so many mutations, or will have if it makes one;
+//!   `lose a CHUNK`: it has none; `read a CHUNK`: whether it would serve it
 //! * `create`, `rm`, `undelete`, `mv`, `snapshot`, `ls`, `stat`, `locate`, `lease`,
 //!   `census`, `failed`, `damaged`: requests
 //! * `restart`: the master is killed and starts again; `hold_log`, `release_log`
@@ -42,8 +43,13 @@ struct StandIn {
     used: u64,
     free: u64,
     is_deaf: bool,
+    is_mute: bool,
     is_gone: bool,
     gone: Vec<ChunkId>,
+    /// How many mutations a copy has that it has not made yet.
+    to_have: BTreeMap<ChunkId, Serial>,
+    lease_until: Time,
+    fences: BTreeMap<ChunkId, Version>,
 }
 
 impl StandIn {
@@ -51,14 +57,20 @@ impl StandIn {
         if self.is_deaf || self.is_gone {
             return None;
         }
-        Some(match request {
+        let answer = self.obey(request);
+        Some(answer).filter(|_| !self.is_mute)
+    }
+
+    fn obey(&mut self, request: &ChunkRequest) -> Result<ChunkReply, Refusal> {
+        match request {
             ChunkRequest::Make { chunk, version, .. } => {
                 self.holds.insert(*chunk, (*version, Serial(0)));
                 Ok(ChunkReply::Agreed { serial: Serial(0) })
             }
             ChunkRequest::Promise { chunk, version } => {
                 if let Some(copied) = self.copies.remove(chunk) {
-                    self.holds.insert(*chunk, (copied, Serial(0)));
+                    let serial = self.to_have.remove(chunk).unwrap_or_default();
+                    self.holds.insert(*chunk, (copied, serial));
                 }
                 match self.holds.get_mut(chunk) {
                     Some((held, serial)) if *held <= *version => {
@@ -72,11 +84,33 @@ impl StandIn {
                 self.copies.insert(*chunk, *version);
                 Ok(ChunkReply::Agreed { serial: Serial(0) })
             }
+            ChunkRequest::Establish { chunk, serial, .. } => match self.holds.get_mut(chunk) {
+                Some((_, held)) if *held <= *serial => {
+                    *held = *serial;
+                    Ok(ChunkReply::Agreed { serial: *serial })
+                }
+                _ => Err(Refusal::unavailable("I have no such copy, or more")),
+            },
+            ChunkRequest::Fence { chunk, below } => {
+                self.fences.insert(*chunk, *below);
+                Ok(ChunkReply::Done(Status::Ok))
+            }
             _ => Ok(ChunkReply::Done(Status::Ok)),
-        })
+        }
     }
 
-    fn take(&mut self, reply: &BeatReply) {
+    /// Which version of `chunk` it would serve.
+    fn serves(&self, now: Time, chunk: ChunkId) -> Option<Version> {
+        let fence = self.fences.get(&chunk).copied().unwrap_or_default();
+        let (version, _) = self.holds.get(&chunk)?;
+        (now < self.lease_until && *version >= fence).then_some(*version)
+    }
+
+    fn take(&mut self, now: Time, reply: &BeatReply) {
+        if reply.status == Beat::Ok {
+            self.fences = reply.fences.iter().copied().collect();
+            self.lease_until = now + Duration::from_millis(reply.lease_ms);
+        }
         for (chunk, version) in &reply.delete {
             if self.holds.get(chunk).is_some_and(|(held, _)| held <= version) {
                 self.holds.remove(chunk);
@@ -152,7 +186,7 @@ impl Runner for MasterScript {
             "join" => {
                 let it = self.servers.entry(server()?).or_default();
                 it.start += 1;
-                (it.is_gone, it.is_deaf) = (false, false);
+                (it.is_gone, it.is_deaf, it.is_mute) = (false, false, false);
                 it.rack = option(command, "rack").unwrap_or(&it.rack).to_owned();
                 it.used = option(command, "used").map_or(Ok(it.used), str::parse)?;
                 it.free =
@@ -168,10 +202,22 @@ impl Runner for MasterScript {
                 self.servers.entry(server()?).or_default().is_deaf = true;
                 String::new()
             }
+            "mute" => {
+                let it = self.servers.entry(server()?).or_default();
+                (it.is_gone, it.is_mute) = (false, true);
+                String::new()
+            }
             "loud" => {
                 let it = self.servers.entry(server()?).or_default();
-                (it.is_gone, it.is_deaf) = (false, false);
+                (it.is_gone, it.is_deaf, it.is_mute) = (false, false, false);
                 String::new()
+            }
+            "read" => {
+                let (name, chunk) = (server()?, words.get(1).ok_or("which chunk?")?.parse()?);
+                match self.servers.entry(name).or_default().serves(self.now, ChunkId(chunk)) {
+                    Some(version) => format!("{name} serves {version}\n"),
+                    None => format!("{name} does not serve it\n"),
+                }
             }
             "serial" | "lose" => {
                 let chunk = ChunkId(words.get(1).ok_or("which chunk?")?.parse()?);
@@ -179,8 +225,11 @@ impl Runner for MasterScript {
                 match words.get(2) {
                     None => drop(it.holds.remove(&chunk)),
                     Some(serial) => {
-                        let held = it.holds.get_mut(&chunk).ok_or("it has no such chunk")?;
-                        held.1 = Serial(serial.parse()?);
+                        let serial = Serial(serial.parse()?);
+                        match it.holds.get_mut(&chunk) {
+                            Some(held) => held.1 = serial,
+                            None => drop(it.to_have.insert(chunk, serial)),
+                        }
                     }
                 }
                 String::new()
@@ -313,7 +362,7 @@ impl MasterScript {
             self.step(Input::Request { from: 0, request: MasterRequest::Heartbeat(beat) }, None);
         if let Some(reply) = self.answer.take() {
             if let Some(it) = self.servers.get_mut(&name) {
-                it.take(&reply);
+                it.take(self.now, &reply);
             }
             for (chunk, below) in &reply.fences {
                 let _ = writeln!(lines, "{name} may not serve {chunk} below {below}");
@@ -428,6 +477,9 @@ impl MasterScript {
             }
             ChunkRequest::Replicate { chunk, version, from } => {
                 format!("replicate {chunk} {version} from {}", name_of(*from))
+            }
+            ChunkRequest::Establish { chunk, version, serial, from } => {
+                format!("establish {chunk} {version} at {} from {}", serial.0, name_of(*from))
             }
             other => named(json!(other).to_string()),
         };

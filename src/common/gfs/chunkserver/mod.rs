@@ -459,7 +459,10 @@ impl<T> ChunkServer<T> {
                 let what = primary::Kind::Append { mark };
                 self.mutate(now, to, chunk, version, what, pushed, data, effects);
             }
-            ChunkRequest::Apply(apply) => self.apply(to, apply, data, effects),
+            ChunkRequest::Apply(apply) => {
+                self.is_member(apply.chunk, apply.version);
+                self.apply(to, apply, data, effects);
+            }
             ChunkRequest::Establish { chunk, version, serial, from } => {
                 self.establish(now, to, chunk, version, serial, from, effects);
             }
@@ -477,6 +480,7 @@ impl<T> ChunkServer<T> {
                 effects.push(Effect::Reply { to, reply: ChunkReply::Done(Status::Ok) });
             }
             ChunkRequest::Lead { chunk, version, others, bytes } => {
+                self.is_member(chunk, version);
                 self.lead(now, to, chunk, version, others, bytes, effects);
             }
             ChunkRequest::Replicate { chunk, version, from } => {
@@ -486,6 +490,16 @@ impl<T> ChunkServer<T> {
                 self.lead_nothing("it was asked to lead nothing", effects);
                 effects.push(Effect::Reply { to, reply: ChunkReply::Done(Status::Ok) });
             }
+        }
+    }
+
+    /// Who says this knows that the copy here is a member's under `version`, by the master's
+    /// log: so the fence of the round that made it one is over, and reads need not wait for the
+    /// next heartbeat. Only that fence: a later round's is a higher one.
+    fn is_member(&mut self, chunk: ChunkId, version: Version) {
+        let holds = self.copies.get(&chunk).is_some_and(|copy| copy.version == version);
+        if holds && self.fences.get(&chunk) == Some(&version.next()) {
+            self.fences.remove(&chunk);
         }
     }
 

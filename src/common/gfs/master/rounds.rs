@@ -40,6 +40,13 @@ const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// made.
 const BRING_UP_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Below which version a member may not serve while a round for `version` is under way and
+/// has not heard that it agrees. The promise itself lifts its copy to `version`, whether we
+/// hear of it or not, and this time or in a round before that came to nothing.
+pub(super) fn fence(version: Version) -> Version {
+    version.next()
+}
+
 /// A client that wants to write to a chunk.
 #[derive(Debug)]
 pub(super) struct Waiter<T> {
@@ -259,10 +266,10 @@ impl<T> Leader<T> {
         }
         for number in &members {
             let Some(server) = self.alive.get_mut(number) else { continue };
-            server.fences.insert(chunk, version);
+            server.fences.insert(chunk, fence(version));
             let address = server.address;
             if leaving.contains(number) || !asked.contains(number) {
-                let request = ChunkRequest::Fence { chunk, below: version };
+                let request = ChunkRequest::Fence { chunk, below: fence(version) };
                 let about = Call::Round(chunk, *number);
                 self.call(address, about, request, CALL_PATIENCE, effects);
             }

@@ -10,6 +10,7 @@
 //! A chunkserver of the original says with each sign of life what it holds, and takes
 //! orders to delete. It knows of no leases and no fences.
 
+use super::rounds::fence;
 use super::{Asker, Effect, Leader, refuse};
 use crate::gfs::messages::{Beat, BeatReply, Heartbeat, MasterReply};
 use crate::gfs::state::Change;
@@ -257,9 +258,7 @@ impl<T> Leader<T> {
         match round {
             Some((next, _)) if counts => {
                 server.holds.entry(chunk).or_insert(now);
-                if version < next {
-                    server.fences.insert(chunk, next);
-                }
+                server.fences.insert(chunk, fence(next));
                 true
             }
             // It is about to become a member, or was refused: the round decides.
