@@ -13,6 +13,7 @@
 //! * `create`, `rm`, `undelete`, `mv`, `snapshot`, `ls`, `stat`, `locate`, `lease`,
 //!   `census`, `failed`, `damaged`: requests
 //! * `restart`: the master is killed and starts again; `hold_log`, `release_log`
+//! * `deletes_at_once N`: what one answer orders at most, from the next start on
 
 use crate::arguments::{Failure, exactly, given, option, positional, span};
 use goldenscript::{Command, Context, Runner};
@@ -239,6 +240,11 @@ impl Runner for MasterScript {
                 let recovered = log::recover(self.log.store())?;
                 self.master =
                     Leader::begin(self.now, &self.settings, recovered.state, recovered.index);
+                String::new()
+            }
+            "deletes_at_once" => {
+                let [count] = exactly(command)?;
+                self.settings.deleted_at_once = count.parse()?;
                 String::new()
             }
             "hold_log" => {

@@ -68,17 +68,20 @@ pub struct Settings {
     /// How long a chunkserver may be away before copies are made of what it holds,
     /// as long as there are others.
     pub repair_after: Duration,
+    /// How many copies one answer to a heartbeat orders to be deleted at most.
+    pub deleted_at_once: usize,
     /// The time of day at the origin of its clock, in milliseconds since 1970.
     pub day_ms: u64,
 }
 
 impl Default for Settings {
-    /// Three copies, three days (the paper's), ten seconds.
+    /// Three copies, three days (the paper's), ten seconds, a thousand.
     fn default() -> Self {
         Self {
             copies: super::DEFAULT_COPIES,
             keep_deleted: Duration::from_secs(3 * 24 * 3600),
             repair_after: Duration::from_secs(10),
+            deleted_at_once: 1_000,
             day_ms: 0,
         }
     }

@@ -28,8 +28,9 @@ pub(super) const INVENTORY_EVERY: Duration = Duration::from_secs(60);
 /// which may have been written before.
 const INVENTORY_GRACE: Duration = Duration::from_secs(10);
 
-/// How many copies one answer orders to be deleted.
-const MAX_DELETED_AT_ONCE: usize = 1_000;
+/// Copies of a chunk that is no more are deleted whatever they have: it has no versions to
+/// come, and nobody looks for it.
+const COLLECTED: Version = Version(u64::MAX);
 
 /// A chunkserver whose lease is live.
 #[derive(Debug)]
@@ -71,21 +72,26 @@ impl Alive {
         }
     }
 
-    fn answer(&mut self, now: Time) -> BeatReply {
+    /// Orders up to `deleted_at_once` copies to be deleted, those of chunks that there still
+    /// are first. Of these, whatever has to wait for its turn is fenced: the answer renews the
+    /// lease.
+    fn answer(&mut self, now: Time, deleted_at_once: usize) -> BeatReply {
         let inventory = now >= self.inventory_at;
         if inventory {
             self.inventory_at = now + INVENTORY_EVERY;
         }
+        let (gone, old): (Vec<_>, Vec<_>) =
+            self.doomed.iter().map(|(it, v)| (*it, *v)).partition(|(_, v)| *v == COLLECTED);
+        let mut fences = self.fences.clone();
+        for (chunk, version) in old.iter().skip(deleted_at_once) {
+            let fence = fences.entry(*chunk).or_default();
+            *fence = version.next().max(*fence);
+        }
         BeatReply {
             status: Beat::Ok,
             lease_ms: LEASE.as_millis() as u64,
-            fences: self.fences.iter().map(|(chunk, below)| (*chunk, *below)).collect(),
-            delete: self
-                .doomed
-                .iter()
-                .take(MAX_DELETED_AT_ONCE)
-                .map(|(chunk, version)| (*chunk, *version))
-                .collect(),
+            fences: fences.into_iter().collect(),
+            delete: old.into_iter().chain(gone).take(deleted_at_once).collect(),
             inventory,
         }
     }
@@ -136,7 +142,8 @@ impl<T> Leader<T> {
         match (known, &beat.holds) {
             (Some(server), None) => {
                 server.take(now, &beat);
-                let reply = MasterReply::Beat(server.answer(now));
+                let answer = server.answer(now, self.settings.deleted_at_once);
+                let reply = MasterReply::Beat(answer);
                 effects.push(Effect::Reply { to, reply });
             }
             (None, None) => {
@@ -235,7 +242,8 @@ impl<T> Leader<T> {
         }
         self.repairs.look_again();
         if let Some(server) = self.alive.get_mut(&number) {
-            let reply = MasterReply::Beat(BeatReply { inventory: false, ..server.answer(now) });
+            let answer = server.answer(now, self.settings.deleted_at_once);
+            let reply = MasterReply::Beat(BeatReply { inventory: false, ..answer });
             effects.push(Effect::Reply { to, reply });
         }
         for chunk in invited {
@@ -269,7 +277,7 @@ impl<T> Leader<T> {
             }
             _ => {
                 // A promise that comes late may still lift it to the version of now.
-                let highest = known.map_or(version, |it| version.max(it.version));
+                let highest = known.map_or(COLLECTED, |it| version.max(it.version));
                 if known.is_none() || others {
                     server.doomed.insert(chunk, highest);
                 } else {
@@ -288,7 +296,7 @@ impl<T> Leader<T> {
             self.primaries.remove(chunk);
             for server in self.alive.values_mut() {
                 if server.holds.remove(chunk).is_some() {
-                    server.doomed.insert(*chunk, Version(u64::MAX));
+                    server.doomed.insert(*chunk, COLLECTED);
                 }
             }
         }
