@@ -14,6 +14,8 @@
 
 #[path = "machines/arguments.rs"]
 mod arguments;
+#[path = "gfs_machines/chunkserver_steps.rs"]
+mod chunkserver_steps;
 #[path = "gfs_machines/cluster.rs"]
 mod cluster;
 #[path = "gfs_machines/master_script.rs"]

@@ -318,6 +318,8 @@ pub struct ChunkServer<T> {
     lease_until: Time,
     /// What it may not serve below these versions, as the master said last.
     fences: BTreeMap<ChunkId, Version>,
+    /// Those that have come since the last heartbeat was sent: its answer may not know them.
+    new_fences: BTreeMap<ChunkId, Version>,
     pushed: BTreeMap<DataId, Data>,
     /// Their order, the oldest first.
     pushed_order: VecDeque<DataId>,
@@ -376,6 +378,7 @@ impl<T> ChunkServer<T> {
             catching_up: BTreeMap::new(),
             lease_until: Time::default(),
             fences: BTreeMap::new(),
+            new_fences: BTreeMap::new(),
             pushed: BTreeMap::new(),
             pushed_order: VecDeque::new(),
             pushed_bytes: 0,
@@ -475,8 +478,10 @@ impl<T> ChunkServer<T> {
             }
             ChunkRequest::Promise { chunk, version } => self.promise(to, chunk, version, effects),
             ChunkRequest::Fence { chunk, below } => {
-                let fence = self.fences.entry(chunk).or_default();
-                *fence = below.max(*fence);
+                for fences in [&mut self.fences, &mut self.new_fences] {
+                    let fence = fences.entry(chunk).or_default();
+                    *fence = below.max(*fence);
+                }
                 effects.push(Effect::Reply { to, reply: ChunkReply::Done(Status::Ok) });
             }
             ChunkRequest::Lead { chunk, version, others, bytes } => {
@@ -657,6 +662,7 @@ impl<T> ChunkServer<T> {
     fn beat(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
         let call = self.next_id();
         self.beating = Some((call, now));
+        self.new_fences.clear();
         self.beat_due = now + BEAT_EVERY;
         let (used, free, full) = self.room;
         let served = self.copies.iter().filter(|(_, copy)| copy.is_served());
@@ -698,6 +704,10 @@ impl<T> ChunkServer<T> {
                 self.says_all = reply.inventory;
                 self.gone.clear();
                 self.fences = reply.fences.into_iter().collect();
+                for (chunk, below) in std::mem::take(&mut self.new_fences) {
+                    let fence = self.fences.entry(chunk).or_default();
+                    *fence = below.max(*fence);
+                }
                 for (chunk, version) in reply.delete {
                     self.delete(chunk, version, effects);
                 }
