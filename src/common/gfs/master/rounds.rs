@@ -113,20 +113,20 @@ impl<T> Round<T> {
         if agreed.iter().any(was_member) { agreed } else { Vec::new() }
     }
 
-    /// Who has less than some member: with that member, and its serial. There will be no
-    /// more mutations: the members have promised. Who is to join may lack what was
-    /// acknowledged since it made its copy. Members lack only what was not; they are among
-    /// them if `all` are asked for.
+    /// Who has less than another one: with that one, and its serial. There will be no more
+    /// mutations: the members have promised. Who is to join may lack what was acknowledged
+    /// since it made its copy. Members lack only what was not, and what one that joins has
+    /// beyond them was not, either: that is made equal if `all` are asked for.
     fn behind(&self, all: bool) -> Vec<(ServerNo, ServerNo, Serial)> {
         let serials = self.asked.iter().filter_map(|(number, asked)| match asked {
             Asked::Agreed(serial) => Some((*serial, *number)),
             _ => None,
         });
-        let (joining, members): (Vec<_>, Vec<_>) =
-            serials.partition(|(_, number)| self.joining.contains(number));
-        let Some(&(most, best)) = members.iter().max() else { return Vec::new() };
-        let members = members.into_iter().filter(|_| all);
-        let behind = joining.into_iter().chain(members).filter(|(serial, _)| *serial < most);
+        let joins = |number: &ServerNo| self.joining.contains(number);
+        let best = serials.clone().filter(|(_, number)| all || !joins(number)).max();
+        let Some((most, best)) = best else { return Vec::new() };
+        let behind = serials.filter(|(serial, _)| *serial < most);
+        let behind = behind.filter(|(_, number)| all || joins(number));
         behind.map(|(_, number)| (number, best, most)).collect()
     }
 }
