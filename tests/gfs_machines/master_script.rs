@@ -7,7 +7,8 @@
 //! * `pass 5s`: time goes by, with a tick and all heartbeats twice a second; `at 5s`,
 //!   `tick`: without heartbeats
 //! * `silent a`, `loud a`: it answers no calls, and sends no heartbeats; `deaf a`: it
-//!   answers no calls; `mute a`: it does what it is told, and its answers are lost
+//!   answers no calls; `mute a`: it does what it is told, and its answers are lost;
+//!   `stuck a`: it does not answer when it is to fetch something
 //! * `serial a CHUNK N`: its copy has so many mutations, or will have if it makes one;
 //!   `lose a CHUNK`: it has none; `read a CHUNK`: whether it would serve it
 //! * `create`, `rm`, `undelete`, `mv`, `snapshot`, `ls`, `stat`, `locate`, `lease`,
@@ -45,6 +46,7 @@ struct StandIn {
     free: u64,
     is_deaf: bool,
     is_mute: bool,
+    is_stuck: bool,
     is_gone: bool,
     gone: Vec<ChunkId>,
     /// How many mutations a copy has that it has not made yet.
@@ -55,7 +57,8 @@ struct StandIn {
 
 impl StandIn {
     fn answer(&mut self, request: &ChunkRequest) -> Option<Result<ChunkReply, Refusal>> {
-        if self.is_deaf || self.is_gone {
+        let is_stuck = self.is_stuck && matches!(request, ChunkRequest::Establish { .. });
+        if self.is_deaf || self.is_gone || is_stuck {
             return None;
         }
         let answer = self.obey(request);
@@ -208,9 +211,14 @@ impl Runner for MasterScript {
                 (it.is_gone, it.is_mute) = (false, true);
                 String::new()
             }
+            "stuck" => {
+                self.servers.entry(server()?).or_default().is_stuck = true;
+                String::new()
+            }
             "loud" => {
                 let it = self.servers.entry(server()?).or_default();
                 (it.is_gone, it.is_deaf, it.is_mute) = (false, false, false);
+                it.is_stuck = false;
                 String::new()
             }
             "read" => {

@@ -59,6 +59,8 @@ pub(super) struct Waiter<T> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
     Waiting(CallId),
+    /// It has agreed, and fetches what it has missed.
+    Fetching(CallId),
     Agreed(Serial),
     Refused,
     Silent(Time),
@@ -132,7 +134,8 @@ impl<T> Round<T> {
 }
 
 impl<T> Leader<T> {
-    /// Has those that are to join fetch what they have missed.
+    /// Has those that are behind fetch what they have missed. A member that can't is left out:
+    /// so it is not to serve meanwhile, and it is waited for until it doesn't.
     fn bring_up(
         &mut self,
         chunk: ChunkId,
@@ -147,11 +150,17 @@ impl<T> Leader<T> {
                 continue;
             };
             let version = round.version;
+            if let Some(server) = self.alive.get_mut(&number)
+                && !round.joining.contains(&number)
+            {
+                round.stops.insert(number, server.lease_until);
+                server.fences.insert(chunk, fence(version));
+            }
             let request = ChunkRequest::Establish { chunk, version, serial, from };
             let about = Call::Round(chunk, number);
             let call = self.call(to, about, request, BRING_UP_PATIENCE, effects);
             if let Some(round) = self.rounds.get_mut(&chunk) {
-                round.asked.insert(number, Asked::Waiting(call));
+                round.asked.insert(number, Asked::Fetching(call));
             }
         }
     }
@@ -346,7 +355,8 @@ impl<T> Leader<T> {
             // Too late to be a member: what it holds will be deleted.
             return;
         }
-        let is_asked = round.asked.get(&number) == Some(&Asked::Waiting(call));
+        let asked = round.asked.get(&number).copied();
+        let is_asked = asked == Some(Asked::Waiting(call)) || asked == Some(Asked::Fetching(call));
         match answer {
             Some(Ok(ChunkReply::Agreed { serial })) if is_asked => {
                 round.asked.insert(number, Asked::Agreed(serial));
@@ -357,6 +367,10 @@ impl<T> Leader<T> {
             }
             // It has stopped serving, as it was told.
             Some(Ok(ChunkReply::Done(_))) => drop(round.stops.remove(&number)),
+            // Who could not fetch is left out; it may serve this chunk still.
+            _ if asked == Some(Asked::Fetching(call)) => {
+                round.asked.insert(number, Asked::Refused);
+            }
             // A refusal says that it does not serve this chunk.
             Some(Err(_)) if is_asked => {
                 round.asked.insert(number, Asked::Refused);
@@ -387,14 +401,15 @@ impl<T> Leader<T> {
             return;
         }
         let gone = round.asked.iter().filter(|(number, asked)| {
-            let expected = matches!(asked, Asked::Waiting(_) | Asked::Agreed(_));
+            let expected = !matches!(asked, Asked::Refused | Asked::Silent(_));
             expected && !self.alive.contains_key(number)
         });
         let gone: Vec<ServerNo> = gone.map(|(number, _)| *number).collect();
         for number in gone {
             round.asked.insert(number, Asked::Silent(now));
         }
-        let is_waited_for = round.asked.values().any(|asked| matches!(asked, Asked::Waiting(_)));
+        let is_waited_for =
+            round.asked.values().any(|it| matches!(it, Asked::Waiting(_) | Asked::Fetching(_)));
         let is_served_elsewhere = round.stops.values().any(|stop| *stop > now);
         let members = round.agreed();
         if round.made.flatten().is_some_and(|source| self.rounds.contains_key(&source)) {
