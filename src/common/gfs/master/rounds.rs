@@ -84,6 +84,8 @@ pub(super) struct Round<T> {
     avoid: Option<ServerNo>,
     waiters: Vec<Waiter<T>>,
     asked: BTreeMap<ServerNo, Asked>,
+    /// Calls up to this one were an earlier round's.
+    before: CallId,
     /// Members that have not agreed, and when each has stopped serving for
     /// certain.
     stops: BTreeMap<ServerNo, Time>,
@@ -264,6 +266,7 @@ impl<T> Leader<T> {
             avoid: None,
             waiters: Vec::new(),
             asked: BTreeMap::new(),
+            before: self.last_call,
             stops: members.iter().map(|it| (*it, self.stops_by(now, *it))).collect(),
             joining: joining.iter().copied().collect(),
             made,
@@ -351,8 +354,9 @@ impl<T> Leader<T> {
         effects: &mut Vec<Effect<T>>,
     ) {
         let Some(round) = self.rounds.get_mut(&chunk) else { return };
-        if round.stage != Stage::Asking {
-            // Too late to be a member: what it holds will be deleted.
+        if round.stage != Stage::Asking || call <= round.before {
+            // Too late to be a member: what it holds will be deleted. Or it has stopped serving
+            // for a round that came to nothing, and may have begun again since.
             return;
         }
         let asked = round.asked.get(&number).copied();
