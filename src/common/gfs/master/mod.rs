@@ -18,7 +18,6 @@ mod requests;
 mod rounds;
 mod servers;
 
-use super::files::FileName;
 use super::messages::{ChunkReply, ChunkRequest, Heartbeat, MasterReply, MasterRequest, Status};
 use super::state::{Change, Outcome, State};
 use super::{ChunkId, ServerNo, lease_margin};
@@ -28,7 +27,7 @@ use crate::consensus::requests::NotLeader;
 use crate::machine::{Machine, Time};
 use crate::wire::Refusal;
 use repair::Repairs;
-use requests::Snapshot;
+use requests::Standstill;
 use rounds::{Round, Waiter};
 use servers::Alive;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -172,8 +171,8 @@ enum Asker<T> {
     Linking(T, Heartbeat),
     /// The round of this chunk.
     Round(ChunkId),
-    /// A client that wants a snapshot of what is called so.
-    SnapshotOf(FileName, T),
+    /// A client that waited until nobody writes to what the change is about.
+    Standstill(T),
     Nobody,
 }
 
@@ -208,8 +207,8 @@ pub struct Leader<T> {
     /// Who was made primary of a chunk and has not been succeeded.
     primaries: BTreeMap<ChunkId, ServerNo>,
     rounds: BTreeMap<ChunkId, Round<T>>,
-    snapshots: Vec<Snapshot<T>>,
-    /// Who waits until a snapshot is made.
+    standstills: Vec<Standstill<T>>,
+    /// Who waits until such a change is made.
     parked: Vec<Waiter<T>>,
     repairs: Repairs,
     calls: BTreeMap<CallId, Call>,
@@ -240,8 +239,8 @@ impl<T> Machine for Leader<T> {
             }
             Input::Tick | Input::Slept(_) => self.tick(now, effects),
         }
-        if !self.snapshots.is_empty() {
-            self.advance_snapshots(now, effects);
+        if !self.standstills.is_empty() {
+            self.advance_standstills(now, effects);
         }
         effects.extend(self.asked.ask().map(|number| Effect::Confirm { number }));
     }
@@ -266,7 +265,7 @@ impl<T> Lead for Leader<T> {
             departed: BTreeMap::new(),
             primaries: BTreeMap::new(),
             rounds: BTreeMap::new(),
-            snapshots: Vec::new(),
+            standstills: Vec::new(),
             parked: Vec::new(),
             repairs: Repairs::default(),
             calls: BTreeMap::new(),
@@ -286,7 +285,7 @@ impl<T> Lead for Leader<T> {
         };
         for (.., asker) in self.proposed {
             match asker {
-                Asker::Client(to) | Asker::SnapshotOf(_, to) => {
+                Asker::Client(to) | Asker::Standstill(to) => {
                     reply(to, NotLeader::in_doubt(leader));
                 }
                 // These may be asked twice.
@@ -298,8 +297,8 @@ impl<T> Lead for Leader<T> {
         }
         let asked = self.asked.into_waiting().map(|(to, _)| to);
         let waiters = self.rounds.into_values().flat_map(Round::into_waiters).chain(self.parked);
-        let snapshots = self.snapshots.into_iter().filter_map(Snapshot::into_asker);
-        for to in asked.chain(waiters.map(|waiter| waiter.to)).chain(snapshots) {
+        let standstills = self.standstills.into_iter().filter_map(Standstill::into_asker);
+        for to in asked.chain(waiters.map(|waiter| waiter.to)).chain(standstills) {
             reply(to, NotLeader::undone(leader));
         }
         self.state
@@ -366,9 +365,7 @@ impl<T> Leader<T> {
                     outcome => effects.push(Effect::Reply { to, reply: reply_of(outcome) }),
                 },
                 Asker::Round(chunk) => self.confirmed(now, chunk, change, &outcome, effects),
-                Asker::SnapshotOf(from, to) => {
-                    self.snapshot_made(now, &from, to, outcome, effects);
-                }
+                Asker::Standstill(to) => self.stood_still(now, &change, to, outcome, effects),
             }
         }
     }

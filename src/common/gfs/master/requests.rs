@@ -17,23 +17,33 @@ pub(super) const MAX_PAGE: usize = 1_000;
 /// How many chunks one answer locates at most.
 pub(super) const MAX_LOCATED: usize = 64;
 
-/// How many snapshots can be under way at once.
-const MAX_SNAPSHOTS: usize = 100;
+/// How many changes can wait at once until nobody writes to what they are about.
+const MAX_STANDSTILLS: usize = 1_000;
 
-/// A snapshot that waits until nobody writes to what it is of.
+/// A change that waits until nobody writes to what it is about: a snapshot; or a file gets
+/// another name, or none. Clients keep their leases: who kept one of a file that is called
+/// otherwise would be told that his record stands under its name.
 #[derive(Debug)]
-pub(super) struct Snapshot<T> {
-    /// Taken when its change is on its way into the log.
+pub(super) struct Standstill<T> {
+    /// Taken when the change is on its way into the log.
     to: Option<T>,
-    from: FileName,
-    dest: FileName,
+    change: Change,
     until: Time,
 }
 
-impl<T> Snapshot<T> {
+impl<T> Standstill<T> {
     /// Who waits for it, unless it is on its way into the log.
     pub(super) fn into_asker(self) -> Option<T> {
         self.to
+    }
+
+    /// What nobody is to write to: this, and what lies under it.
+    fn what(&self) -> Option<&FileName> {
+        match &self.change {
+            Change::Delete { name, .. } => Some(name),
+            Change::Snapshot { from, .. } | Change::Rename { from, .. } => Some(from),
+            _ => None,
+        }
     }
 }
 
@@ -75,11 +85,17 @@ impl<T> Leader<T> {
                     Err(refusal) => return refuse(to, refusal, effects),
                 }
             }
-            MasterRequest::Delete { name } => Change::Delete { name, at_ms },
+            MasterRequest::Delete { name } => {
+                return self.stand_still(now, to, Change::Delete { name, at_ms }, effects);
+            }
             MasterRequest::Undelete { name } => Change::Undelete { name },
-            MasterRequest::Rename { from, to } => Change::Rename { from, to },
+            MasterRequest::Rename { from, to: dest } => {
+                let change = Change::Rename { from, to: dest };
+                return self.stand_still(now, to, change, effects);
+            }
             MasterRequest::Snapshot { from, to: dest } => {
-                return self.snapshot(now, to, from, dest, effects);
+                let change = Change::Snapshot { from, to: dest, at_ms };
+                return self.stand_still(now, to, change, effects);
             }
             MasterRequest::Lease { name, index, failed } => {
                 return self.lease(now, to, name, index, failed, effects);
@@ -243,54 +259,44 @@ impl<T> Leader<T> {
         census
     }
 
-    // ---- snapshots ----
+    // ---- what waits until nobody writes ----
 
-    fn snapshot(
-        &mut self,
-        now: Time,
-        to: T,
-        from: FileName,
-        dest: FileName,
-        effects: &mut Vec<Effect<T>>,
-    ) {
-        if self.snapshots.len() >= MAX_SNAPSHOTS {
-            let refusal = Refusal::unavailable("too many snapshots at once: try again");
+    fn stand_still(&mut self, now: Time, to: T, change: Change, effects: &mut Vec<Effect<T>>) {
+        if self.standstills.len() >= MAX_STANDSTILLS {
+            let refusal = Refusal::unavailable("too many wait until nobody writes: try again");
             return refuse(to, refusal, effects);
         }
-        if self.state.tree(&from).is_empty() {
-            let refusal = Refusal::not_found(format!("{from} is not there"));
-            return refuse(to, refusal, effects);
-        }
-        self.snapshots.push(Snapshot { to: Some(to), from, dest, until: now + PATIENCE });
+        self.standstills.push(Standstill { to: Some(to), change, until: now + PATIENCE });
     }
 
-    /// Whether writing to `name` has to wait for a snapshot.
+    /// Whether writing to `name` has to wait.
     pub(super) fn is_frozen(&self, name: &FileName) -> bool {
-        self.snapshots.iter().any(|it| *name == it.from || name.is_under(&it.from))
+        let mut names = self.standstills.iter().filter_map(Standstill::what);
+        names.any(|it| name == it || name.is_under(it))
     }
 
-    /// Takes the leases away from what snapshots are made of, and makes those that
-    /// nobody can write to any more.
-    pub(super) fn advance_snapshots(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
-        let mut ready = Vec::new();
-        let mut led = BTreeSet::new();
-        for (place, snapshot) in self.snapshots.iter().enumerate() {
-            let chunks = self.state.tree(&snapshot.from).into_iter().flat_map(|(_, it)| it.chunks);
-            let busy: Vec<ChunkId> = chunks
-                .filter(|it| self.primaries.contains_key(it) || self.is_in_round(*it))
-                .collect();
-            if busy.is_empty() && now >= self.settles {
+    /// Takes the leases away, and makes the changes of what nobody can write to any more.
+    pub(super) fn advance_standstills(&mut self, now: Time, effects: &mut Vec<Effect<T>>) {
+        let (mut ready, mut led) = (Vec::new(), BTreeSet::new());
+        for (place, it) in self.standstills.iter().enumerate().filter(|(_, it)| it.to.is_some()) {
+            let files = match &it.change {
+                // It will be refused: nothing that lies under a name is deleted with it.
+                Change::Delete { name, .. } if self.state.file(name).is_none() => Vec::new(),
+                _ => it.what().map(|name| self.state.tree(name)).unwrap_or_default(),
+            };
+            let chunks: Vec<ChunkId> = files.into_iter().flat_map(|(_, it)| it.chunks).collect();
+            let is_busy = |it: &ChunkId| self.primaries.contains_key(it) || self.is_in_round(*it);
+            let busy: Vec<ChunkId> = chunks.iter().copied().filter(is_busy).collect();
+            if chunks.is_empty() || (busy.is_empty() && now >= self.settles) {
                 ready.push(place);
             }
             led.extend(busy);
         }
         for place in ready {
-            let snapshot = &mut self.snapshots[place];
-            if let Some(to) = snapshot.to.take() {
-                let (from, dest) = (snapshot.from.clone(), snapshot.dest.clone());
-                let at_ms = self.day_ms(now);
-                let change = Change::Snapshot { from: from.clone(), to: dest, at_ms };
-                self.propose(change, Asker::SnapshotOf(from, to), effects);
+            let standstill = &mut self.standstills[place];
+            if let Some(to) = standstill.to.take() {
+                let change = standstill.change.clone();
+                self.propose(change, Asker::Standstill(to), effects);
             }
         }
         led.retain(|chunk| self.primaries.contains_key(chunk));
@@ -298,12 +304,12 @@ impl<T> Leader<T> {
             self.begin_round(now, chunk, false, &[], &[], effects);
             self.advance(now, chunk, effects);
         }
-        let late = |it: &Snapshot<T>| it.to.is_some() && it.until <= now;
-        let (late, rest) = std::mem::take(&mut self.snapshots).into_iter().partition(late);
-        self.snapshots = rest;
-        let late: Vec<Snapshot<T>> = late;
+        let late = |it: &Standstill<T>| it.to.is_some() && it.until <= now;
+        let (late, rest) = std::mem::take(&mut self.standstills).into_iter().partition(late);
+        self.standstills = rest;
+        let late: Vec<Standstill<T>> = late;
         let is_over = !late.is_empty();
-        for to in late.into_iter().filter_map(|snapshot| snapshot.to) {
+        for to in late.into_iter().filter_map(Standstill::into_asker) {
             let refusal =
                 Refusal::unavailable("somebody who writes there can't be stopped: try again");
             refuse(to, refusal, effects);
@@ -313,17 +319,17 @@ impl<T> Leader<T> {
         }
     }
 
-    /// A snapshot is in the log, or was refused there.
-    pub(super) fn snapshot_made(
+    /// The change is in the log, or was refused there.
+    pub(super) fn stood_still(
         &mut self,
         now: Time,
-        from: &FileName,
+        change: &Change,
         to: T,
         outcome: Outcome,
         effects: &mut Vec<Effect<T>>,
     ) {
-        let place = self.snapshots.iter().position(|it| it.from == *from && it.to.is_none());
-        place.into_iter().for_each(|place| drop(self.snapshots.remove(place)));
+        let place = self.standstills.iter().position(|it| it.to.is_none() && it.change == *change);
+        place.into_iter().for_each(|place| drop(self.standstills.remove(place)));
         effects.push(Effect::Reply { to, reply: reply_of(outcome) });
         self.unpark(now, effects);
     }

@@ -177,7 +177,7 @@ impl<T> Leader<T> {
     ) {
         if self.is_frozen(&waiter.name) {
             if self.parked.len() >= MAX_WAITING {
-                let refusal = Refusal::unavailable("too many wait for a snapshot: try again");
+                let refusal = Refusal::unavailable("too many wait to write: try again");
                 return refuse(waiter.to, refusal, effects);
             }
             return self.parked.push(waiter);
@@ -508,8 +508,8 @@ impl<T> Leader<T> {
         effects.push(Effect::Note(format!("{chunk} is {version}: {}", names.join(" "))));
         let is_shared = self.state.chunk(chunk).is_some_and(|known| known.is_shared());
         if is_shared || round.waiters.iter().any(|waiter| self.is_frozen(&waiter.name)) {
-            // Nobody writes to what a snapshot relies on: whoever wants to asks anew. What a
-            // primary would have made equal is made equal by one round more.
+            // Nobody is to write to it: whoever wants to asks anew. What a primary would have made
+            // equal is made equal by one round more.
             if round.lease {
                 self.begin_round(now, chunk, false, &[], &[], effects);
             }
