@@ -1,7 +1,9 @@
 //! Single steps of a chunkserver, in orders that only a network makes.
 
 use ringleader::gfs::chunkserver::{CallId, ChunkServer, Effect, Found, Input, Settings};
-use ringleader::gfs::messages::{Apply, Beat, BeatReply, ChunkReply, ChunkRequest, Packet};
+use ringleader::gfs::messages::{
+    Apply, Beat, BeatReply, ChunkReply, ChunkRequest, Data, Packet,
+};
 use ringleader::gfs::{ChunkId, Serial, Version};
 use ringleader::machine::{Machine, Time};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -99,4 +101,51 @@ fn a_primary_lifts_the_fence_of_the_round_that_made_it_and_of_no_later_one() {
     beaten(&mut server, 2, call, Some(Version(3)));
     ask(&mut server, 2, apply(1));
     assert!(!serves(&mut server, 2));
+}
+
+/// Makes it primary, though another member has still to establish itself: changes wait.
+fn lead(server: &mut ChunkServer<u32>, seconds: u64, version: u64) -> Vec<Effect<u32>> {
+    let others = vec![SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9002)];
+    let version = Version(version);
+    ask(server, seconds, ChunkRequest::Lead { chunk: X, version, others, bytes: 1000 })
+}
+
+fn write(server: &mut ChunkServer<u32>, seconds: u64) -> Vec<Effect<u32>> {
+    let (version, pushed) = (Version(1), None);
+    let message = ChunkRequest::Write { chunk: X, version, offset: 0, pushed };
+    let request = Packet { message, data: Data::from(&b"x"[..]) };
+    step(server, seconds, Input::Request { from: 7, request })
+}
+
+/// Whether the write was refused.
+fn is_refused(effects: &[Effect<u32>]) -> bool {
+    effects.iter().any(|it| matches!(it, Effect::Reply { to: 7, reply: ChunkReply::Refused(_) }))
+}
+
+#[test]
+fn what_waited_when_a_lease_was_taken_away_is_not_done_under_a_later_one() {
+    for (next, refused) in [(2, false), (3, true)] {
+        let mut server = server();
+        let call = beat(&mut server, 1);
+        beaten(&mut server, 1, call, None);
+        lead(&mut server, 1, 1);
+        assert!(!is_refused(&write(&mut server, 1)), "it waits");
+        for version in (2..=next).map(Version) {
+            ask(&mut server, 1, ChunkRequest::Promise { chunk: X, version });
+        }
+        // After v2 without a primary the chunk may be another file's.
+        assert_eq!(is_refused(&lead(&mut server, 1, next)), refused, "led under v{next}");
+    }
+}
+
+#[test]
+fn whose_lease_was_over_leads_nothing_when_it_gets_another_one() {
+    let mut server = server();
+    let call = beat(&mut server, 1);
+    beaten(&mut server, 1, call, None);
+    lead(&mut server, 1, 1);
+    assert!(!is_refused(&write(&mut server, 1)), "it waits");
+    let call = beat(&mut server, 6);
+    beaten(&mut server, 6, call, None);
+    assert!(is_refused(&write(&mut server, 6)), "the master may have given it up meanwhile");
 }

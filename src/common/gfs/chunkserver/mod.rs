@@ -701,6 +701,10 @@ impl<T> ChunkServer<T> {
                 self.beat(now, effects);
             }
             Some(Ok(reply)) => {
+                if !self.is_leased(now) {
+                    // The master may have given it up meanwhile, and made us nobody's primary.
+                    self.lead_nothing("the lease was over for a while", effects);
+                }
                 self.says_all = reply.inventory;
                 self.gone.clear();
                 self.fences = reply.fences.into_iter().collect();

@@ -122,6 +122,10 @@ impl<T> ChunkServer<T> {
             Err(refusal) => return refuse(to, refusal, effects),
         };
         effects.push(Effect::Reply { to, reply: ChunkReply::Done(Status::Ok) });
+        if self.leads.get(&chunk).is_some_and(|before| before.version.next() < version) {
+            // Nobody led in between: what waits may be meant for a file whose chunk this was.
+            self.drop_lead(chunk, "the lease was taken away", effects);
+        }
         let before = self.leads.remove(&chunk);
         let (mut pending, queue) = before.map(|it| (it.pending, it.queue)).unwrap_or_default();
         // Whoever is a member now gets them by catching up, or has them.
