@@ -1,8 +1,10 @@
 //! Single steps of a chunkserver, in orders that only a network makes.
 
-use ringleader::gfs::chunkserver::{CallId, ChunkServer, Effect, Found, Input, Settings};
+use ringleader::gfs::chunkserver::{
+    CallId, ChunkServer, Effect, Found, Input, JobId, Op, Settings,
+};
 use ringleader::gfs::messages::{
-    Apply, Beat, BeatReply, ChunkReply, ChunkRequest, Data, Packet,
+    Apply, Beat, BeatReply, ChunkReply, ChunkRequest, Data, MissedReply, Packet,
 };
 use ringleader::gfs::{ChunkId, Serial, Version};
 use ringleader::machine::{Machine, Time};
@@ -148,4 +150,56 @@ fn whose_lease_was_over_leads_nothing_when_it_gets_another_one() {
     let call = beat(&mut server, 6);
     beaten(&mut server, 6, call, None);
     assert!(is_refused(&write(&mut server, 6)), "the master may have given it up meanwhile");
+}
+
+/// The only call to another chunkserver.
+fn called(effects: &[Effect<u32>]) -> CallId {
+    let call = effects.iter().find_map(|effect| match effect {
+        Effect::Call { call, .. } => Some(*call),
+        _ => None,
+    });
+    call.expect("another chunkserver was asked")
+}
+
+/// What the disk is to do.
+fn ops(effects: &[Effect<u32>]) -> Vec<(JobId, Op)> {
+    let ops = effects.iter().filter_map(|effect| match effect {
+        Effect::Disk { job, op } => Some((*job, op.clone())),
+        _ => None,
+    });
+    ops.collect()
+}
+
+fn answer(
+    server: &mut ChunkServer<u32>,
+    call: CallId,
+    message: ChunkReply,
+    data: &[u8],
+) -> Vec<Effect<u32>> {
+    let packet = Packet { message, data: Data::from(data) };
+    step(server, 1, Input::Answer { call, answer: Some(Ok(packet)) })
+}
+
+#[test]
+fn a_copy_that_is_begun_anew_counts_only_what_was_fetched_for_it() {
+    const Y: ChunkId = ChunkId(2000);
+    let mut server = server();
+    let from = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9002);
+    let replicate = ChunkRequest::Replicate { chunk: Y, version: Version(1), from };
+    let missed = ChunkReply::Missed(MissedReply {
+        version: Version(1),
+        serial: Serial(1),
+        length: 3,
+        regions: vec![(0, 3)],
+        marks: Vec::new(),
+    });
+    let asked = ask(&mut server, 1, replicate.clone());
+    let fetches = answer(&mut server, called(&asked), missed.clone(), b"");
+    let patches = answer(&mut server, called(&fetches), ChunkReply::Length { length: 3 }, b"abc");
+    let patch = ops(&patches)[0].0;
+    // The disk is slow, and the master has it made anew.
+    let asked = ask(&mut server, 1, replicate);
+    answer(&mut server, called(&asked), missed, b"");
+    let effects = step(&mut server, 1, Input::Stored { job: patch, trouble: None });
+    assert_eq!(ops(&effects), [], "what it was to fetch for the second one is not there yet");
 }
