@@ -2,11 +2,12 @@
 //! a virtual clock, network and disks. All chance comes from one seed.
 //!
 //! Clients append records that name themselves to one file, exactly once, overwrite each
-//! its own region of another one, take snapshots of the first, and read back at any
-//! chunkserver they have ever heard of what was acknowledged. Chunkservers and the
-//! master are killed, paused and cut off from each other, disks are full for a while, and
-//! say so or do not, and bits flip; what was not durable is lost with a kill. At the end
-//! everything is healed, and must come to rest.
+//! its own region of another one, take snapshots of the first and append to these, too, and
+//! read back at any chunkserver they have ever heard of what was acknowledged. They append to
+//! a third file that is now and then called otherwise, and made anew. They keep leases.
+//! Chunkservers and the master are killed, paused and cut off from each other, both ways or
+//! one; disks are slow, or full for a while, and say so or do not; and bits flip. What was
+//! not durable is lost with a kill. At the end everything is healed, and must come to rest.
 //!
 //! While a bit is flipped and not found, or a disk has refused something, nothing else
 //! begins to go wrong: three troubles at once may lose what three copies hold.
@@ -27,7 +28,7 @@ use ringleader::machine::{Machine, Time};
 use ringleader::sim::lone_log as log;
 use ringleader::store::Store;
 use ringleader::store::memory::MemoryStore;
-use ringleader::wire::Refusal;
+use ringleader::wire::{Reason, Refusal};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
@@ -118,6 +119,8 @@ struct Node {
 struct ServerNode {
     machine: Option<ChunkServer<Id>>,
     disk: MemoryDisk,
+    /// What its disk is to do until then may take long.
+    slow_until: Time,
 }
 
 #[derive(Debug)]
@@ -129,6 +132,17 @@ enum Doing {
     Reading(u64, Wanted),
     /// A snapshot that is asked for, and how many records it must have.
     Snapshotting(FileName, usize),
+    /// The third file is to be called otherwise, or to be made anew.
+    Turning,
+}
+
+/// What a client writes to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Target {
+    Log,
+    Table,
+    Snapshot(usize),
+    Turn,
 }
 
 /// What a reader must find.
@@ -148,20 +162,34 @@ struct Snapshot {
     /// The number of each client's last record by the time it was taken: it has no
     /// later ones.
     last: Vec<u64>,
+    /// What was appended to it since, and acknowledged.
+    acknowledged: Vec<(usize, u64, Vec<u8>)>,
+}
+
+/// A record of the third file that was acknowledged: it is in the file that was called so at
+/// some time between sending it and hearing so.
+struct Turned {
+    record: (usize, u64, Vec<u8>),
+    /// How often the file had been called otherwise by then for certain, and perhaps.
+    between: (usize, usize),
 }
 
 struct Client {
     name: u64,
     number: u64,
-    /// The chunk of the file that it tries.
-    index: usize,
+    /// The chunk of each file that it tries; the last one, if it knows none.
+    tails: BTreeMap<FileName, usize>,
+    /// The leases that it has.
+    leases: BTreeMap<(FileName, usize), LeaseGranted>,
     failed: Option<FailedPrimary>,
     doing: Doing,
     id: Id,
     /// What it is to append, or to write over its region.
     record: Vec<u8>,
-    /// Whether it overwrites.
-    overwrites: bool,
+    /// What that is for.
+    target: Target,
+    /// How often the third file had been called otherwise when it sent that.
+    turns: usize,
     /// The last write over its region that it has begun, and that was acknowledged.
     begun: u64,
     written: u64,
@@ -182,6 +210,7 @@ pub(crate) struct Tally {
     pub(crate) snapshots: usize,
     pub(crate) damaged: usize,
     pub(crate) refused: usize,
+    pub(crate) turns: usize,
 }
 
 impl std::ops::AddAssign for Tally {
@@ -194,6 +223,7 @@ impl std::ops::AddAssign for Tally {
         self.snapshots += other.snapshots;
         self.damaged += other.damaged;
         self.refused += other.refused;
+        self.turns += other.turns;
     }
 }
 
@@ -210,10 +240,19 @@ pub(crate) struct Cluster {
     clients: Vec<Client>,
     asked: BTreeMap<Id, Asked>,
     cuts: BTreeSet<(Who, Who)>,
+    /// Whether only what the first of them sends is lost.
+    is_one_way: bool,
     cut_until: Time,
     /// Acknowledged records: place and content.
     acknowledged: Vec<(usize, u64, Vec<u8>)>,
     snapshots: Vec<Snapshot>,
+    /// What each record was for: client, number.
+    targets: BTreeMap<(u64, u64), Target>,
+    turned: Vec<Turned>,
+    /// How often the third file was called otherwise.
+    turns: usize,
+    /// Whether that has begun once more; and whether it is only to be made anew.
+    turning: Option<bool>,
     healing: bool,
     verbose: bool,
     tally: Tally,
@@ -230,11 +269,17 @@ const LOG: &str = "log";
 /// Each client has a region of this one.
 const TABLE: &str = "table";
 
+/// This one is called otherwise now and then.
+const TURN: &str = "turn";
+
 /// How long a region is.
 const REGION: usize = 64;
 
 /// How many snapshots are taken in one run at most.
 const SNAPSHOTS: usize = 4;
+
+/// How often the third file is called otherwise at most.
+const TURNS: usize = 6;
 
 fn address(server: usize) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, server as u8 + 1), 9001)
@@ -255,8 +300,14 @@ fn region(client: usize, number: u64) -> Vec<u8> {
     region
 }
 
-fn settings() -> Settings {
-    Settings { repair_after: Duration::from_secs(5), ..Settings::default() }
+/// What the third file is called when it is called otherwise the next time after `turns`.
+fn turned(turns: usize) -> FileName {
+    file(&format!("turned/{turns}"))
+}
+
+fn settings(rng: &mut StdRng) -> Settings {
+    let deleted_at_once = [1, 2, 1000][rng.random_range(0..3)];
+    Settings { repair_after: Duration::from_secs(5), deleted_at_once, ..Settings::default() }
 }
 
 impl Cluster {
@@ -284,14 +335,23 @@ impl Cluster {
             log: MemoryStore::default(),
             log_queue: Vec::new(),
             servers: (0..SERVERS)
-                .map(|_| ServerNode { machine: None, disk: MemoryDisk::default() })
+                .map(|_| ServerNode {
+                    machine: None,
+                    disk: MemoryDisk::default(),
+                    slow_until: Time::default(),
+                })
                 .collect(),
             clients: Vec::new(),
             asked: BTreeMap::new(),
             cuts: BTreeSet::new(),
+            is_one_way: false,
             cut_until: Time::default(),
             acknowledged: Vec::new(),
             snapshots: Vec::new(),
+            targets: BTreeMap::new(),
+            turned: Vec::new(),
+            turns: 0,
+            turning: None,
             healing: false,
             verbose,
             tally: Tally::default(),
@@ -304,12 +364,14 @@ impl Cluster {
             cluster.clients.push(Client {
                 name: name as u64 + 1,
                 number: 0,
-                index: 0,
+                tails: BTreeMap::new(),
+                leases: BTreeMap::new(),
                 failed: None,
                 doing: Doing::Idle,
                 id: 0,
                 record: Vec::new(),
-                overwrites: false,
+                target: Target::Log,
+                turns: 0,
                 begun: 0,
                 written: 0,
                 cached: BTreeMap::new(),
@@ -320,7 +382,7 @@ impl Cluster {
     }
 
     fn all(&mut self) -> Result<(), String> {
-        for (client, name) in [LOG, TABLE].into_iter().enumerate() {
+        for (client, name) in [LOG, TABLE, TURN].into_iter().enumerate() {
             let chunk_bytes = Some(CHUNK_BYTES);
             let create = MasterRequest::Create { name: file(name), chunk_bytes, copies: None };
             self.ask_as(client, Who::Master, Ask::Master(create));
@@ -376,8 +438,10 @@ impl Cluster {
         Duration::from_micros(self.rng.random_range(100..if slow { 300_000 } else { 3000 }))
     }
 
-    fn is_cut(&self, a: Who, b: Who) -> bool {
-        self.now < self.cut_until && (self.cuts.contains(&(a, b)) || self.cuts.contains(&(b, a)))
+    /// Whether what `from` sends to `to` is lost.
+    fn is_cut(&self, from: Who, to: Who) -> bool {
+        let back = self.cuts.contains(&(to, from)) && !self.is_one_way;
+        self.now < self.cut_until && (self.cuts.contains(&(from, to)) || back)
     }
 
     // ---- messages ----
@@ -530,8 +594,8 @@ impl Cluster {
         match who {
             Who::Master => {
                 let recovered = log::recover(&self.log).unwrap();
-                let begun =
-                    master::Leader::begin(now, &settings(), recovered.state, recovered.index);
+                let settings = settings(&mut self.rng);
+                let begun = master::Leader::begin(now, &settings, recovered.state, recovered.index);
                 self.master = Some(begun);
             }
             Who::Server(server) => {
@@ -649,7 +713,9 @@ impl Cluster {
                     self.reply(me, to, Answer::Chunk(Packet { message, data: Data::from(data) }));
                 }
                 chunkserver::Effect::Disk { job, op } => {
-                    let wait = Duration::from_micros(self.rng.random_range(50..3_000));
+                    let is_slow = self.now < self.servers[server].slow_until;
+                    let longest = if is_slow { 9_000_000 } else { 3_000 };
+                    let wait = Duration::from_micros(self.rng.random_range(50..longest));
                     let life = self.nodes[&me].life;
                     let due = self.servers[server].disk.queue(job, op, self.now + wait);
                     self.at(due.since(self.now), Event::Stored { server, life, job });
@@ -682,21 +748,24 @@ impl Cluster {
         self.tally.faults += 1;
         let server = Who::Server(self.rng.random_range(0..SERVERS));
         let span = Duration::from_millis(self.rng.random_range(50..9_000));
-        match self.rng.random_range(0..15) {
+        match self.rng.random_range(0..17) {
             0..4 => {
                 self.kill(server);
                 self.at(span, Event::Restart(server));
             }
             4..6 => {
                 self.say(|| format!("{server:?} is paused for {span:?}"));
-                self.nodes.get_mut(&server).unwrap().paused_until = self.now + span;
+                let node = self.nodes.get_mut(&server).unwrap();
+                node.paused_until = node.paused_until.max(self.now + span);
             }
             6 | 7 => {
                 let other = match self.rng.random_range(0..3) {
                     0 => Who::Master,
                     _ => Who::Server(self.rng.random_range(0..SERVERS)),
                 };
-                self.say(|| format!("{server:?} and {other:?} are cut off for {span:?}"));
+                self.is_one_way = self.rng.random_range(0..2) == 0;
+                let how = if self.is_one_way { "one way" } else { "both ways" };
+                self.say(|| format!("{server:?} and {other:?} are cut off {how} for {span:?}"));
                 self.cuts = BTreeSet::from([(server, other)]);
                 self.cut_until = self.now + span;
             }
@@ -713,6 +782,11 @@ impl Cluster {
             }
             10 | 11 => self.damage(),
             12 | 13 => self.refuse(span),
+            14 | 15 => {
+                self.say(|| format!("the disk of {server:?} is slow for {span:?}"));
+                let Who::Server(server) = server else { return };
+                self.servers[server].slow_until = self.now + span;
+            }
             _ => {
                 // All at once.
                 for server in (0..SERVERS).map(Who::Server) {
@@ -781,14 +855,15 @@ impl Cluster {
         self.say(|| "healing".to_owned());
         self.healing = true;
         self.cut_until = Time::default();
+        // Pauses end by themselves: what was put off till then keeps its order.
         let whos: Vec<Who> = self.nodes.keys().copied().collect();
         for who in whos {
-            self.nodes.get_mut(&who).unwrap().paused_until = Time::default();
             if !matches!(who, Who::Client(_)) {
                 self.start(who);
             }
         }
         for server in 0..SERVERS {
+            self.servers[server].slow_until = Time::default();
             self.at(Duration::from_millis(1), Event::Room(server));
         }
     }
@@ -804,7 +879,10 @@ impl Cluster {
         let is_free = self.clients[client].record.is_empty();
         let reads = self.rng.random_range(0..3) == 0 && !self.acknowledged.is_empty();
         let snapshots = self.rng.random_range(0..400) == 0 && self.snapshots.len() < SNAPSHOTS;
-        if reads && is_free {
+        let turns = self.rng.random_range(0..400) == 0 && self.turns < TURNS && !self.healing;
+        if is_free && (turns || self.turning.is_some()) && self.nobody_turns() {
+            self.turn(client);
+        } else if reads && is_free {
             self.begin_read(client);
         } else if snapshots && is_free && !self.healing {
             self.begin_snapshot(client);
@@ -823,6 +901,32 @@ impl Cluster {
         self.ask_as(client, Who::Master, Ask::Master(request));
     }
 
+    fn nobody_turns(&self) -> bool {
+        !self.clients.iter().any(|it| matches!(it.doing, Doing::Turning))
+    }
+
+    /// Calls the third file otherwise, or makes it anew.
+    fn turn(&mut self, client: usize) {
+        self.clients[client].doing = Doing::Turning;
+        let request = match self.turning.get_or_insert(false) {
+            false => MasterRequest::Rename { from: file(TURN), to: turned(self.turns) },
+            true => {
+                let chunk_bytes = Some(CHUNK_BYTES);
+                MasterRequest::Create { name: file(TURN), chunk_bytes, copies: None }
+            }
+        };
+        self.ask_as(client, Who::Master, Ask::Master(request));
+    }
+
+    fn name_of(&self, target: Target) -> FileName {
+        match target {
+            Target::Log => file(LOG),
+            Target::Table => file(TABLE),
+            Target::Snapshot(place) => self.snapshots[place].name.clone(),
+            Target::Turn => file(TURN),
+        }
+    }
+
     fn ask_as(&mut self, client: usize, to: Who, ask: Ask) {
         let id = self.ask(Who::Client(client), 0, Kind::Client, to, ask);
         self.clients[client].id = id;
@@ -831,11 +935,18 @@ impl Cluster {
 
     fn lease(&mut self, client: usize) {
         let length = self.rng.random_range(8..200);
-        let overwrites = self.rng.random_range(0..4) == 0;
+        let snapshot = self.rng.random_range(0..SNAPSHOTS);
+        let target = match self.rng.random_range(0..16) {
+            0..4 => Target::Table,
+            4 if snapshot < self.snapshots.len() => Target::Snapshot(snapshot),
+            5 | 6 => Target::Turn,
+            _ => Target::Log,
+        };
+        let keeps = self.rng.random_range(0..2) == 0;
         let it = &mut self.clients[client];
         if it.record.is_empty() {
-            it.overwrites = overwrites;
-            if overwrites {
+            it.target = target;
+            if target == Target::Table {
                 it.begun += 1;
                 it.record = region(client, it.begun);
             } else {
@@ -843,13 +954,39 @@ impl Cluster {
                 it.record = format!("<{}.{}:", it.name, it.number).into_bytes();
                 it.record.resize(length.max(it.record.len()), b'x');
                 it.record.push(b'>');
+                self.targets.insert((it.name, it.number), target);
             }
         }
+        let target = it.target;
+        let name = self.name_of(target);
+        let it = &mut self.clients[client];
+        let index = match target {
+            Target::Table => Some(0),
+            _ => it.tails.get(&name).copied(),
+        };
+        let kept = index.and_then(|index| it.leases.get(&(name.clone(), index)).cloned());
+        if let Some(lease) = kept.filter(|_| keeps && it.failed.is_none()) {
+            return self.mutate(client, lease);
+        }
         it.doing = Doing::Leasing;
-        let (name, index) = if it.overwrites { (TABLE, 0) } else { (LOG, it.index) };
         let failed = it.failed.take();
-        let request = MasterRequest::Lease { name: file(name), index: Some(index), failed };
-        self.ask_as(client, Who::Master, Ask::Master(request));
+        self.ask_as(client, Who::Master, Ask::Master(MasterRequest::Lease { name, index, failed }));
+    }
+
+    fn mutate(&mut self, client: usize, lease: LeaseGranted) {
+        let it = &mut self.clients[client];
+        it.turns = self.turns;
+        let mark = Some(Mark { client: it.name, number: it.number });
+        let (chunk, version, pushed) = (lease.chunk, lease.version, None);
+        let offset = (client * REGION) as u64;
+        let message = match it.target {
+            Target::Table => ChunkRequest::Write { chunk, version, offset, pushed },
+            _ => ChunkRequest::Append { chunk, version, pushed, mark },
+        };
+        let data = Data::from(it.record.as_slice());
+        let to = Who::Server(server_at(lease.primary));
+        it.doing = Doing::Mutating(lease);
+        self.ask_as(client, to, Ask::Chunk(Packet { message, data }));
     }
 
     fn begin_read(&mut self, client: usize) {
@@ -913,39 +1050,56 @@ impl Cluster {
         let mut pause = Duration::from_millis(self.rng.random_range(1..40));
         match (doing, answer) {
             (Doing::Leasing, Answer::Master(MasterReply::Lease(lease))) => {
-                let it = &self.clients[client];
-                let mark = Some(Mark { client: it.name, number: it.number });
-                let (chunk, version, pushed) = (lease.chunk, lease.version, None);
-                let offset = (client * REGION) as u64;
-                let message = match it.overwrites {
-                    true => ChunkRequest::Write { chunk, version, offset, pushed },
-                    false => ChunkRequest::Append { chunk, version, pushed, mark },
-                };
-                let data = Data::from(it.record.as_slice());
-                let to = Who::Server(server_at(lease.primary));
-                self.clients[client].doing = Doing::Mutating(lease);
-                return self.ask_as(client, to, Ask::Chunk(Packet { message, data }));
+                let name = self.name_of(self.clients[client].target);
+                let it = &mut self.clients[client];
+                it.tails.insert(name.clone(), lease.index);
+                it.leases.insert((name, lease.index), lease.clone());
+                return self.mutate(client, lease);
+            }
+            (Doing::Leasing, Answer::Master(MasterReply::Refused(refusal)))
+                if refusal.reason != Reason::Unavailable =>
+            {
+                // It is called otherwise by now, or was made anew and has fewer chunks.
+                let name = self.name_of(self.clients[client].target);
+                self.clients[client].tails.remove(&name);
             }
             (Doing::Mutating(lease), Answer::Chunk(packet)) => match packet.message {
-                ChunkReply::Written { .. } if self.clients[client].overwrites => {
+                ChunkReply::Written { .. } if self.clients[client].target == Target::Table => {
                     let it = &mut self.clients[client];
                     it.record.clear();
                     it.written = it.begun;
                     self.tally.overwritten += 1;
                 }
                 ChunkReply::Written { offset } => {
-                    let record = std::mem::take(&mut self.clients[client].record);
+                    let it = &mut self.clients[client];
+                    let (target, turns) = (it.target, it.turns);
+                    let record = std::mem::take(&mut it.record);
                     self.say(|| {
                         let text =
                             String::from_utf8_lossy(&record[..record.len().min(8)]).into_owned();
-                        format!("client {client}: {text} at {}+{offset}", lease.index)
+                        format!("client {client}: {text} at {}+{offset} {target:?}", lease.index)
                     });
-                    self.acknowledged.push((lease.index, offset, record));
+                    let record = (lease.index, offset, record);
+                    match target {
+                        Target::Snapshot(place) => {
+                            self.snapshots[place].acknowledged.push(record);
+                        }
+                        Target::Turn => {
+                            let perhaps = usize::from(self.turning == Some(false));
+                            let between = (turns, self.turns + perhaps);
+                            self.turned.push(Turned { record, between });
+                        }
+                        _ => self.acknowledged.push(record),
+                    }
                     self.tally.appended += 1;
                 }
-                ChunkReply::Closed { .. } => self.clients[client].index += 1,
+                ChunkReply::Closed { .. } => {
+                    let name = self.name_of(self.clients[client].target);
+                    self.clients[client].tails.insert(name, lease.index + 1);
+                }
                 ChunkReply::Refused(_) => {
                     self.tally.repeated += 1;
+                    self.clients[client].leases.retain(|_, it| it.chunk != lease.chunk);
                     let failed = FailedPrimary { server: lease.primary, version: lease.version };
                     self.clients[client].failed = Some(failed);
                     pause = Duration::from_millis(100);
@@ -954,6 +1108,7 @@ impl Cluster {
             },
             (Doing::Mutating(lease), _) => {
                 self.tally.repeated += 1;
+                self.clients[client].leases.retain(|_, it| it.chunk != lease.chunk);
                 let failed = FailedPrimary { server: lease.primary, version: lease.version };
                 self.clients[client].failed = Some(failed);
             }
@@ -967,8 +1122,24 @@ impl Cluster {
             (Doing::Snapshotting(name, has), Answer::Master(MasterReply::Done(_))) => {
                 self.say(|| format!("{name} is taken"));
                 let last = self.clients.iter().map(|client| client.number).collect();
-                self.snapshots.push(Snapshot { name, has, last });
+                self.snapshots.push(Snapshot { name, has, last, acknowledged: Vec::new() });
                 self.tally.snapshots += 1;
+            }
+            (Doing::Turning, Answer::Master(reply)) => {
+                // What is refused otherwise was made before, and nobody had heard of it.
+                let is_made = !matches!(
+                    reply,
+                    MasterReply::Refused(refusal) if refusal.reason == Reason::Unavailable
+                );
+                match self.turning {
+                    Some(false) if is_made => {
+                        self.say(|| format!("{} is there", turned(self.turns)));
+                        (self.turns, self.turning) = (self.turns + 1, Some(true));
+                        self.tally.turns += 1;
+                    }
+                    Some(true) if is_made => self.turning = None,
+                    _ => {}
+                }
             }
             (Doing::Reading(offset, wanted), Answer::Chunk(packet)) => match packet.message {
                 ChunkReply::Length { .. } if self.is_right(&packet.data, &wanted) => {
@@ -996,6 +1167,9 @@ impl Cluster {
     fn check_rest(&mut self) -> Result<(), String> {
         let master = self.master.as_ref().ok_or("there is no master")?;
         let state = master.state();
+        if self.turning.is_some() {
+            return Err("a file can't be renamed or made".to_owned());
+        }
         if let Some(client) = self.clients.iter().find(|it| !it.record.is_empty()) {
             return Err(format!("client {} can't go on", client.name));
         }
@@ -1011,22 +1185,69 @@ impl Cluster {
             }
         }
         let contents = self.content_of(state, &file(LOG))?;
-        self.check_records(&contents, &self.acknowledged, "the log")?;
-        for Snapshot { name, has, last } in &self.snapshots {
-            let contents = self.content_of(state, name)?;
-            let begun = self.check_records(&contents, &self.acknowledged[..*has], name.as_str())?;
-            for (client, number) in begun {
-                if number > last[client as usize - 1] {
-                    return Err(format!("{name} has {client}.{number}, which came after it"));
-                }
-            }
+        let begun = self.check_records(&contents, &self.acknowledged, "the log")?;
+        self.check_targets(&begun, LOG, |_, target| target == Target::Log)?;
+        for (place, snapshot) in self.snapshots.iter().enumerate() {
+            let name = snapshot.name.as_str();
+            let contents = self.content_of(state, &snapshot.name)?;
+            self.check_records(&contents, &self.acknowledged[..snapshot.has], name)?;
+            let begun = self.check_records(&contents, &snapshot.acknowledged, name)?;
+            self.check_targets(&begun, name, |(client, number), target| match target {
+                Target::Log => number <= snapshot.last[client as usize - 1],
+                target => target == Target::Snapshot(place),
+            })?;
         }
+        self.check_turned(state)?;
         let table = self.content_of(state, &file(TABLE))?;
         for (client, it) in self.clients.iter().enumerate().filter(|(_, it)| it.written > 0) {
             let found = table[0].get(client * REGION..(client + 1) * REGION).unwrap_or_default();
             if !self.is_right(found, &Wanted::Region(client, it.written)) {
                 let found = String::from_utf8_lossy(found).into_owned();
                 return Err(format!("the region of {client} is {found}, not write {}", it.written));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that all these records were for the file that they stand in.
+    fn check_targets(
+        &self,
+        begun: &BTreeSet<(u64, u64)>,
+        name: &str,
+        fits: impl Fn((u64, u64), Target) -> bool,
+    ) -> Result<(), String> {
+        match begun.iter().find(|it| !fits(**it, self.targets[*it])) {
+            Some((client, number)) => {
+                let target = self.targets[&(*client, *number)];
+                Err(format!("{name} has {client}.{number}, which was for {target:?}"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the third file, under all the names that it had.
+    fn check_turned(&self, state: &State) -> Result<(), String> {
+        let names = (0..self.turns).map(turned).chain([file(TURN)]);
+        let mut contents = Vec::new();
+        for name in names {
+            let content = self.content_of(state, &name)?;
+            let begun = self.check_records(&content, &[], name.as_str())?;
+            self.check_targets(&begun, name.as_str(), |_, target| target == Target::Turn)?;
+            contents.push(content);
+        }
+        for Turned { record: (index, offset, record), between: (first, last) } in &self.turned {
+            let begin = *offset as usize;
+            let there = |content: &Vec<Vec<u8>>| {
+                content.get(*index).and_then(|it| it.get(begin..begin + record.len()))
+                    == Some(record)
+            };
+            if !contents[*first..=*last].iter().any(there) {
+                let text = String::from_utf8_lossy(record).into_owned();
+                let place = contents.iter().position(there);
+                return Err(format!(
+                    "{text:?} was acknowledged at {index}+{offset}, after the file was called \
+                     otherwise {first} to {last} times, and is in {place:?}"
+                ));
             }
         }
         Ok(())

@@ -111,7 +111,10 @@ impl MemoryDisk {
             Op::Mutate { chunk, .. } | Op::Patch { chunk, .. } if self.is_damaged(chunk) => {
                 return Some(Trouble::Damaged);
             }
-            Op::Make { copy_of: Some(source), .. } if self.is_damaged(source) => {
+            // What it is to be a copy of may have been deleted since.
+            Op::Make { copy_of: Some(source), .. }
+                if self.is_damaged(source) || !self.holds(source) =>
+            {
                 return Some(Trouble::Damaged);
             }
             Op::Make { chunk, version, serial, copy_of, marks, joining } => {
