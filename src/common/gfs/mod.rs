@@ -26,7 +26,8 @@
 //!    master begins a *round*: every member that can be reached promises to
 //!    refuse versions older than the new one; every other one must have stopped
 //!    to serve *by itself*. It has, once its lease is over, and a lease is renewed
-//!    only by an answer that names the chunks that it may serve no more. Then
+//!    only by an answer that names the chunks that it may serve no more: not even
+//!    under the new version, as long as nobody has heard that it agrees to it. Then
 //!    the new version with its members goes into the master's log, and only after
 //!    that anything is acknowledged without the silent one.
 //! 3. **Two primaries never act for one chunk.** A primary acts under a version
@@ -67,7 +68,10 @@
 //!
 //! Whoever writes to what a snapshot shares gets a chunk of its own in its place. Locations
 //! are good for [`LOCATIONS_LAST`], and the first change of that chunk waits for as long:
-//! so nobody reads what is the snapshot's alone by then.
+//! so nobody reads what is the snapshot's alone by then. A shared chunk has no primary.
+//!
+//! Clients keep leases. So a snapshot is taken, and a file renamed or deleted, when the leases of
+//! its chunks are taken away: what is written later is written to what is called so then.
 //!
 //! When a member fails, writes to its chunks wait until its lease is over, at
 //! most [`LEASE`] and the margin; reads go on at the others.
