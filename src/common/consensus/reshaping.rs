@@ -9,8 +9,8 @@
 //!   removed first. So a node that has lost its disk is replaced with one wish;
 //! * in another group: refused.
 //!
-//! A wish is refused if the nodes that answer would be no majority of those that
-//! stay. A leader that is to go hands over first; the next one fulfils the wish
+//! A wish is refused if for some time the nodes that answer would be no majority of those
+//! that stay. A leader that is to go hands over first; the next one fulfils the wish
 //! when it is asked again. So every wish may be repeated: each step looks at how the
 //! roster is, and does what is missing.
 
@@ -24,6 +24,10 @@ use std::time::Duration;
 
 /// How long a wish may take, a new node's catching up included.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// For how long nobody counts as silent: a leader that was elected just now has not heard
+/// from the others yet.
+const LISTENING: Duration = Duration::from_secs(2);
 
 /// What somebody wishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,8 @@ pub(super) struct Reshaping {
     number: u64,
     wish: Wish,
     until: Time,
+    /// When those that were not heard until then are silent.
+    listens_until: Time,
     /// Who sits at the address of one to be added, once it has said so.
     newcomer: Option<NodeId>,
     /// The change that was proposed last.
@@ -98,7 +104,8 @@ impl Reshaping {
         if let Wish::Add(address) = wish {
             effects.push(Effect::Ask { address, hello: Box::new(hello) });
         }
-        Self { number, wish, until: now + PATIENCE, newcomer: None, proposed: None }
+        let (until, listens_until) = (now + PATIENCE, now + LISTENING);
+        Self { number, wish, until, listens_until, newcomer: None, proposed: None }
     }
 
     /// Whether this is what it is about.
@@ -153,6 +160,7 @@ impl Reshaping {
             Wish::Remove(address) => self.next_of_removing(address, member),
         };
         match next {
+            Err(Refused::NoMajority(..)) if now < self.listens_until => None,
             Err(Refused::NotLeader) => member.hand_over(effects).then_some(Err(Refused::NotLeader)),
             Err(refused) => Some(Err(refused)),
             // Whoever hears that it is done may erase a disk.
