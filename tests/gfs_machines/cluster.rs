@@ -1173,7 +1173,9 @@ impl Cluster {
         if let Some(client) = self.clients.iter().find(|it| !it.record.is_empty()) {
             return Err(format!("client {} can't go on", client.name));
         }
-        for (chunk, known) in state.chunks() {
+        // Of a chunk that nobody has written to yet there may be empty copies, which wait for
+        // the first one who does: its round was lost with the master.
+        for (chunk, known) in state.chunks().filter(|(_, known)| !known.members.is_empty()) {
             for server in 0..SERVERS {
                 let is_member = known
                     .members
