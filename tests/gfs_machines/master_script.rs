@@ -14,6 +14,7 @@
 //! * `create`, `rm`, `undelete`, `mv`, `snapshot`, `ls`, `stat`, `locate`, `lease`,
 //!   `census`, `failed`, `damaged`: requests
 //! * `restart`: the master is killed and starts again; `hold_log`, `release_log`
+//! * `hold_lead`, `release_lead`: until then nobody answers who is to be primary
 //! * `deletes_at_once N`: what one answer orders at most, from the next start on
 
 use crate::arguments::{Failure, exactly, given, option, positional, span};
@@ -129,6 +130,8 @@ pub(crate) struct MasterScript {
     master: Leader<u32>,
     log: Disk,
     is_log_held: bool,
+    /// Answers of those who are to be primary, if they are held.
+    held: Option<Vec<Input<u32>>>,
     requests: u32,
     servers: BTreeMap<char, StandIn>,
     answer: Option<BeatReply>,
@@ -144,6 +147,7 @@ impl Default for MasterScript {
             master,
             log: Disk::default(),
             is_log_held: false,
+            held: None,
             requests: 0,
             servers: BTreeMap::new(),
             answer: None,
@@ -269,6 +273,14 @@ impl Runner for MasterScript {
                         self.step(Input::Committed { index }, None)
                     }
                 }
+            }
+            "hold_lead" => {
+                self.held = Some(Vec::new());
+                String::new()
+            }
+            "release_lead" => {
+                let held = self.held.take().unwrap_or_default();
+                held.into_iter().map(|answer| self.step(answer, None)).collect()
             }
             "raw" => {
                 let [body] = exactly(command)?;
@@ -449,7 +461,12 @@ impl MasterScript {
                     Effect::Confirm { number } => inputs.push_back(Input::Confirmed { number }),
                     Effect::Call { to, call, request, .. } => {
                         let answer = self.call(to, call, &request, &mut lines);
-                        inputs.push_back(answer);
+                        match &mut self.held {
+                            Some(held) if matches!(request, ChunkRequest::Lead { .. }) => {
+                                held.push(answer);
+                            }
+                            _ => inputs.push_back(answer),
+                        }
                     }
                 }
             }

@@ -102,6 +102,12 @@ impl<T> Round<T> {
         self.waiters
     }
 
+    /// Whether it is not yet certain who is a member: then the log says so, and whoever comes
+    /// is one or is not.
+    pub(super) fn is_open(&self) -> bool {
+        !matches!(self.stage, Stage::Leading(_))
+    }
+
     /// Whether `number` may become a member by it.
     pub(super) fn concerns(&self, number: ServerNo) -> bool {
         self.asked.contains_key(&number) || self.joining.contains(&number)

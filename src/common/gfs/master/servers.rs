@@ -261,7 +261,8 @@ impl<T> Leader<T> {
             .alive
             .iter()
             .any(|(other, server)| *other != number && server.holds.contains_key(&chunk));
-        let round = self.rounds.get(&chunk).map(|it| (it.version, it.concerns(number)));
+        let round = self.rounds.get(&chunk).filter(|it| it.is_open());
+        let round = round.map(|it| (it.version, it.concerns(number)));
         let Some(server) = self.alive.get_mut(&number) else { return false };
         match round {
             Some((next, _)) if counts => {
