@@ -351,7 +351,7 @@ impl Cluster {
             targets: BTreeMap::new(),
             turned: Vec::new(),
             turns: 0,
-            turning: None,
+            turning: Some(true),
             healing: false,
             verbose,
             tally: Tally::default(),
@@ -382,7 +382,7 @@ impl Cluster {
     }
 
     fn all(&mut self) -> Result<(), String> {
-        for (client, name) in [LOG, TABLE, TURN].into_iter().enumerate() {
+        for (client, name) in [LOG, TABLE].into_iter().enumerate() {
             let chunk_bytes = Some(CHUNK_BYTES);
             let create = MasterRequest::Create { name: file(name), chunk_bytes, copies: None };
             self.ask_as(client, Who::Master, Ask::Master(create));
@@ -396,7 +396,21 @@ impl Cluster {
         self.heal();
         // Every chunkserver has said once more what it holds.
         self.advance(Duration::from_secs(100))?;
+        self.make_equal();
+        self.advance(Duration::from_secs(20))?;
         self.check_rest()
+    }
+
+    /// What was in flight when a master was killed is made equal by the next one who writes
+    /// to that chunk: here it is as if somebody did.
+    fn make_equal(&mut self) {
+        let chunks = self.master.iter().flat_map(|it| it.state().chunks());
+        let chunks: Vec<_> = chunks.map(|(chunk, known)| (chunk, known.version)).collect();
+        for (chunk, version) in chunks {
+            let (silent, refused) = (Vec::new(), Vec::new());
+            let request = MasterRequest::Failed { chunk, version, silent, refused };
+            self.ask(Who::Client(0), 0, Kind::Client, Who::Master, Ask::Master(request));
+        }
     }
 
     fn advance(&mut self, span: Duration) -> Result<(), String> {
@@ -503,6 +517,10 @@ impl Cluster {
             Event::Tick(who) => self.tick(who),
             Event::Stored { server, life, job } => {
                 if self.nodes[&Who::Server(server)].life == life {
+                    if !self.servers[server].disk.is_next(job) {
+                        // A pause has mixed them up.
+                        return self.at(Duration::from_millis(1), event);
+                    }
                     let trouble = self.servers[server].disk.store(job);
                     self.step_server(server, chunkserver::Input::Stored { job, trouble });
                 }
@@ -755,8 +773,7 @@ impl Cluster {
             }
             4..6 => {
                 self.say(|| format!("{server:?} is paused for {span:?}"));
-                let node = self.nodes.get_mut(&server).unwrap();
-                node.paused_until = node.paused_until.max(self.now + span);
+                self.nodes.get_mut(&server).unwrap().paused_until = self.now + span;
             }
             6 | 7 => {
                 let other = match self.rng.random_range(0..3) {
@@ -855,9 +872,9 @@ impl Cluster {
         self.say(|| "healing".to_owned());
         self.healing = true;
         self.cut_until = Time::default();
-        // Pauses end by themselves: what was put off till then keeps its order.
         let whos: Vec<Who> = self.nodes.keys().copied().collect();
         for who in whos {
+            self.nodes.get_mut(&who).unwrap().paused_until = Time::default();
             if !matches!(who, Who::Client(_)) {
                 self.start(who);
             }
@@ -1057,7 +1074,8 @@ impl Cluster {
                 return self.mutate(client, lease);
             }
             (Doing::Leasing, Answer::Master(MasterReply::Refused(refusal)))
-                if refusal.reason != Reason::Unavailable =>
+                if refusal.reason != Reason::Unavailable
+                    && self.clients[client].target == Target::Turn =>
             {
                 // It is called otherwise by now, or was made anew and has fewer chunks.
                 let name = self.name_of(self.clients[client].target);

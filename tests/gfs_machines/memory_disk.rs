@@ -44,6 +44,14 @@ impl MemoryDisk {
         due
     }
 
+    /// Whether a job has its turn: what was asked for its chunk before is done.
+    pub(crate) fn is_next(&self, job: u64) -> bool {
+        let queued = self.queue.iter().find(|(queued, ..)| *queued == job);
+        let chunk = queued.map(|(_, op, _)| chunk_of(op));
+        let first = self.queue.iter().find(|(_, op, _)| Some(chunk_of(op)) == chunk);
+        first.is_some_and(|(first, ..)| *first == job)
+    }
+
     /// The job is done.
     pub(crate) fn store(&mut self, job: u64) -> Option<Trouble> {
         let place = self.queue.iter().position(|(queued, ..)| *queued == job).unwrap();
