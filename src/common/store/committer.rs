@@ -139,9 +139,10 @@ impl<T: Send + 'static> Committer<T> {
 
     /// Starts one that refuses nothing because the disk is full: that waits, in its
     /// order, until there is room. What only removes is committed meanwhile, as far as
-    /// the store takes it: that makes room. `room` takes whether there is any, when
-    /// that changes. When it is dropped while the disk is full, what still waits is
-    /// refused.
+    /// the store takes it: that makes room. So nobody may have anything removed before it
+    /// has heard that it is stored: what is put would come back. `room` takes whether
+    /// there is any, when that changes. When it is dropped while the disk is full, what
+    /// still waits is refused.
     ///
     /// # Errors
     /// When the system has no room for another thread.
