@@ -16,7 +16,7 @@
 mod arguments;
 #[path = "gfs_machines/chunkserver_steps.rs"]
 mod chunkserver_steps;
-#[path = "gfs_machines/cluster.rs"]
+#[path = "gfs_machines/cluster/mod.rs"]
 mod cluster;
 #[path = "gfs_machines/master_script.rs"]
 mod master_script;

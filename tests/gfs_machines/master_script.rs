@@ -10,11 +10,13 @@
 //!   answers no calls; `mute a`: it does what it is told, and its answers are lost;
 //!   `stuck a`: it does not answer when it is to fetch something
 //! * `serial a CHUNK N`: its copy has so many mutations, or will have if it makes one;
-//!   `lose a CHUNK`: it has none; `read a CHUNK`: whether it would serve it
+//!   `lose a CHUNK`: it has none; `spoil a CHUNK`: it is damaged, which is said with all that
+//!   it holds; `read a CHUNK`: whether it would serve it
 //! * `create`, `rm`, `undelete`, `mv`, `snapshot`, `ls`, `stat`, `locate`, `lease`,
 //!   `census`, `failed`, `damaged`: requests
 //! * `restart`: the master is killed and starts again; `hold_log`, `release_log`
-//! * `hold_lead`, `release_lead`: until then nobody answers who is to be primary
+//! * `hold_lead`, `hold_copies`, `release`: until then nobody answers who is to be primary, or
+//!   to make a copy
 //! * `deletes_at_once N`: what one answer orders at most, from the next start on
 
 use crate::arguments::{Failure, exactly, given, option, positional, span};
@@ -31,7 +33,7 @@ use ringleader::sim::disk::Disk;
 use ringleader::sim::lone_log as log;
 use ringleader::wire::Refusal;
 use serde_json::json;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
@@ -50,6 +52,7 @@ struct StandIn {
     is_stuck: bool,
     is_gone: bool,
     gone: Vec<ChunkId>,
+    damaged: BTreeSet<ChunkId>,
     /// How many mutations a copy has that it has not made yet.
     to_have: BTreeMap<ChunkId, Serial>,
     lease_until: Time,
@@ -86,6 +89,7 @@ impl StandIn {
                 }
             }
             ChunkRequest::Replicate { chunk, version, .. } => {
+                self.damaged.remove(chunk);
                 self.copies.insert(*chunk, *version);
                 Ok(ChunkReply::Agreed { serial: Serial(0) })
             }
@@ -120,6 +124,7 @@ impl StandIn {
             if self.holds.get(chunk).is_some_and(|(held, _)| held <= version) {
                 self.holds.remove(chunk);
             }
+            self.damaged.remove(chunk);
             self.gone.push(*chunk);
         }
     }
@@ -130,8 +135,8 @@ pub(crate) struct MasterScript {
     master: Leader<u32>,
     log: Disk,
     is_log_held: bool,
-    /// Answers of those who are to be primary, if they are held.
-    held: Option<Vec<Input<u32>>>,
+    /// What is to be answered later, and those answers.
+    held: Option<(fn(&ChunkRequest) -> bool, Vec<Input<u32>>)>,
     requests: u32,
     servers: BTreeMap<char, StandIn>,
     answer: Option<BeatReply>,
@@ -247,6 +252,13 @@ impl Runner for MasterScript {
                 }
                 String::new()
             }
+            "spoil" => {
+                let chunk = ChunkId(words.get(1).ok_or("which chunk?")?.parse()?);
+                let it = self.servers.entry(server()?).or_default();
+                it.holds.remove(&chunk).ok_or("it has no copy")?;
+                it.damaged.insert(chunk);
+                String::new()
+            }
             "restart" => {
                 self.log.crash(0);
                 let recovered = log::recover(self.log.store())?;
@@ -275,11 +287,15 @@ impl Runner for MasterScript {
                 }
             }
             "hold_lead" => {
-                self.held = Some(Vec::new());
+                self.held = Some((|it| matches!(it, ChunkRequest::Lead { .. }), Vec::new()));
                 String::new()
             }
-            "release_lead" => {
-                let held = self.held.take().unwrap_or_default();
+            "hold_copies" => {
+                self.held = Some((|it| matches!(it, ChunkRequest::Replicate { .. }), Vec::new()));
+                String::new()
+            }
+            "release" => {
+                let (_, held) = self.held.take().ok_or("nothing is held")?;
                 held.into_iter().map(|answer| self.step(answer, None)).collect()
             }
             "raw" => {
@@ -380,6 +396,7 @@ impl MasterScript {
             free: it.free,
             full: false,
             holds,
+            damaged: it.damaged.iter().filter(|_| links).copied().collect(),
             gone: std::mem::take(&mut it.gone),
             original: false,
         };
@@ -462,9 +479,7 @@ impl MasterScript {
                     Effect::Call { to, call, request, .. } => {
                         let answer = self.call(to, call, &request, &mut lines);
                         match &mut self.held {
-                            Some(held) if matches!(request, ChunkRequest::Lead { .. }) => {
-                                held.push(answer);
-                            }
+                            Some((what, held)) if what(&request) => held.push(answer),
                             _ => inputs.push_back(answer),
                         }
                     }

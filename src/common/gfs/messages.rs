@@ -289,6 +289,9 @@ pub struct Heartbeat {
     /// All copies that it holds and may serve: given when it was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holds: Option<Vec<(ChunkId, Version)>>,
+    /// Copies that are damaged, said together with what it holds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<ChunkId>,
     /// What it has deleted since it was told to.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gone: Vec<ChunkId>,

@@ -666,6 +666,7 @@ impl<T> ChunkServer<T> {
         self.beat_due = now + BEAT_EVERY;
         let (used, free, full) = self.room;
         let served = self.copies.iter().filter(|(_, copy)| copy.is_served());
+        let damaged = self.copies.iter().filter(|(_, copy)| self.says_all && copy.is_damaged());
         let beat = Heartbeat {
             server: self.settings.name.clone(),
             start: self.settings.start,
@@ -675,6 +676,7 @@ impl<T> ChunkServer<T> {
             free,
             full,
             holds: self.says_all.then(|| served.map(|(id, copy)| (*id, copy.version)).collect()),
+            damaged: damaged.map(|(id, _)| *id).collect(),
             gone: self.gone.iter().copied().collect(),
             original: false,
         };

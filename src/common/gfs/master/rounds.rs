@@ -86,8 +86,8 @@ pub(super) struct Round<T> {
     asked: BTreeMap<ServerNo, Asked>,
     /// Calls up to this one were an earlier round's.
     before: CallId,
-    /// Members that have not agreed, and when each has stopped serving for
-    /// certain.
+    /// Members, and others that may have promised, that have not agreed, and when each has
+    /// stopped serving for certain: the answer of who is to join may be lost.
     stops: BTreeMap<ServerNo, Time>,
     /// Who holds a copy that is no member yet.
     joining: BTreeSet<ServerNo>,
@@ -142,8 +142,8 @@ impl<T> Round<T> {
 }
 
 impl<T> Leader<T> {
-    /// Has those that are behind fetch what they have missed. A member that can't is left out:
-    /// so it is not to serve meanwhile, and it is waited for until it doesn't.
+    /// Has those that are behind fetch what they have missed. Who can't is left out: so it is
+    /// not to serve meanwhile, and it is waited for until it doesn't.
     fn bring_up(
         &mut self,
         chunk: ChunkId,
@@ -158,9 +158,7 @@ impl<T> Leader<T> {
                 continue;
             };
             let version = round.version;
-            if let Some(server) = self.alive.get_mut(&number)
-                && !round.joining.contains(&number)
-            {
+            if let Some(server) = self.alive.get_mut(&number) {
                 round.stops.insert(number, server.lease_until);
                 server.fences.insert(chunk, fence(version));
             }
@@ -259,6 +257,11 @@ impl<T> Leader<T> {
             return;
         }
         let (members, version) = (known.members.clone(), known.version.next());
+        // Who is fenced may have promised this very version, in a round that came to nothing.
+        let fenced = self.alive.iter().filter(|(_, server)| server.fences.contains_key(&chunk));
+        let fenced = fenced.map(|(number, _)| *number);
+        let may_serve: BTreeSet<ServerNo> =
+            members.iter().chain(joining).copied().chain(fenced).collect();
         let made = members.is_empty().then(|| self.source_of(chunk));
         let asked = match made {
             None => [self.holders(chunk), joining.to_vec()].concat(),
@@ -273,7 +276,7 @@ impl<T> Leader<T> {
             waiters: Vec::new(),
             asked: BTreeMap::new(),
             before: self.last_call,
-            stops: members.iter().map(|it| (*it, self.stops_by(now, *it))).collect(),
+            stops: may_serve.iter().map(|it| (*it, self.stops_by(now, *it))).collect(),
             joining: joining.iter().copied().collect(),
             made,
             rests_until: if let Some(Some(_)) = made { now + locations_margin() } else { now },
@@ -282,19 +285,29 @@ impl<T> Leader<T> {
         if let Some(Some(source)) = made {
             self.begin_round(now, source, false, &[], &[], effects);
         }
-        for number in &members {
+        for number in &may_serve {
             let Some(server) = self.alive.get_mut(number) else { continue };
             server.fences.insert(chunk, fence(version));
-            let address = server.address;
             if leaving.contains(number) || !asked.contains(number) {
-                let request = ChunkRequest::Fence { chunk, below: fence(version) };
-                let about = Call::Round(chunk, *number);
-                self.call(address, about, request, CALL_PATIENCE, effects);
+                self.stop(chunk, version, *number, effects);
             }
         }
         for number in asked.into_iter().filter(|number| !leaving.contains(number)) {
             self.ask(chunk, number, effects);
         }
+    }
+
+    /// Tells a chunkserver to serve `chunk` no more, for a round for `version` without it.
+    fn stop(
+        &mut self,
+        chunk: ChunkId,
+        version: Version,
+        number: ServerNo,
+        effects: &mut Vec<Effect<T>>,
+    ) {
+        let Some(address) = self.address_of(number) else { return };
+        let request = ChunkRequest::Fence { chunk, below: fence(version) };
+        self.call(address, Call::Round(chunk, number), request, CALL_PATIENCE, effects);
     }
 
     /// What a chunk without members is to be made of: nothing, or the chunk whose
@@ -380,6 +393,8 @@ impl<T> Leader<T> {
             // Who could not fetch is left out; it may serve this chunk still.
             _ if asked == Some(Asked::Fetching(call)) => {
                 round.asked.insert(number, Asked::Refused);
+                let version = round.version;
+                self.stop(chunk, version, number, effects);
             }
             // A refusal says that it does not serve this chunk.
             Some(Err(_)) if is_asked => {
@@ -420,7 +435,10 @@ impl<T> Leader<T> {
         }
         let is_waited_for =
             round.asked.values().any(|it| matches!(it, Asked::Waiting(_) | Asked::Fetching(_)));
-        let is_served_elsewhere = round.stops.values().any(|stop| *stop > now);
+        let is_served_elsewhere = round
+            .stops
+            .iter()
+            .any(|(number, stop)| *stop > now && !self.departed.contains_key(number));
         let members = round.agreed();
         if round.made.flatten().is_some_and(|source| self.rounds.contains_key(&source)) {
             // What it is a copy of is made equal first.
@@ -464,11 +482,18 @@ impl<T> Leader<T> {
         }
     }
 
-    /// Ends a round that came to nothing: everything is as it was before.
+    /// Ends a round that came to nothing: everything is as it was before. Who is no member may
+    /// have promised, and serves nothing until the next round has it deleted: not yet, it may
+    /// be the last trace of the chunk.
     fn give_up(&mut self, chunk: ChunkId) {
-        self.rounds.remove(&chunk);
-        for server in self.alive.values_mut() {
-            server.fences.remove(&chunk);
+        let Some(round) = self.rounds.remove(&chunk) else { return };
+        let members = self.state.chunk(chunk).map_or(&[][..], |known| &known.members);
+        for (number, server) in &mut self.alive {
+            if members.contains(number) {
+                server.fences.remove(&chunk);
+            } else if round.joining.contains(number) {
+                server.fences.insert(chunk, fence(round.version));
+            }
         }
     }
 

@@ -157,7 +157,8 @@ impl<T> Leader<T> {
                 effects.push(Effect::Reply { to, reply: MasterReply::Beat(reply) });
             }
             (_, Some(holds)) => {
-                if let Some((newer, _)) = holds.iter().find(|(it, _)| !self.state.was_made(*it)) {
+                let mut said = holds.iter().map(|(chunk, _)| chunk).chain(&beat.damaged);
+                if let Some(newer) = said.find(|chunk| !self.state.was_made(**chunk)) {
                     let refusal = Refusal::unavailable(format!(
                         "this master has never made {newer}: it has lost its state, or it is \
                          another cluster's; start it over its own data, or give the chunkserver an \
@@ -250,6 +251,9 @@ impl<T> Leader<T> {
             self.invite(chunk, number, effects);
             self.advance(now, chunk, effects);
         }
+        for chunk in &beat.damaged {
+            self.damaged(now, number, *chunk, effects);
+        }
     }
 
     /// What a copy that a chunkserver holds is worth; whether it is to be asked
@@ -270,8 +274,12 @@ impl<T> Leader<T> {
                 server.fences.insert(chunk, fence(next));
                 true
             }
-            // It is about to become a member, or was refused: the round decides.
-            Some((_, true)) => false,
+            // It is about to become a member, or was refused: the round decides. It may have
+            // promised before it went.
+            Some((next, true)) => {
+                server.fences.insert(chunk, fence(next));
+                false
+            }
             None if counts => {
                 server.holds.entry(chunk).or_insert(now);
                 false
@@ -332,7 +340,9 @@ impl<T> Leader<T> {
         }
     }
 
-    /// A copy is damaged: it counts no more, and a round leaves it out.
+    /// A copy is damaged: it counts no more, a round leaves it out, and then it is deleted. That
+    /// is said when the damage is found, and again with all that is held: the round may have gone
+    /// by while its chunkserver was away, and so did not order it to be deleted.
     pub(super) fn damaged(
         &mut self,
         now: Time,
@@ -341,17 +351,40 @@ impl<T> Leader<T> {
         effects: &mut Vec<Effect<T>>,
     ) {
         let Some(server) = self.alive.get_mut(&number) else { return };
-        if server.holds.remove(&chunk).is_none() {
+        if !self.state.was_made(chunk) {
             return;
         }
         let address = server.address;
-        self.damaged.insert((chunk, address));
-        effects.push(Effect::Note(format!("{address} ({number}): its copy of {chunk} is damaged")));
-        self.repairs.look_again();
-        if !self.holders(chunk).is_empty() {
+        if server.holds.remove(&chunk).is_some() {
+            self.damaged.insert((chunk, address));
+            let note = format!("{address} ({number}): its copy of {chunk} is damaged");
+            effects.push(Effect::Note(note));
+            self.repairs.look_again();
+        }
+        let round = self.rounds.get(&chunk);
+        if round.is_some_and(|round| round.is_open() && round.concerns(number)) {
+            // It decides about this one, too, and may have heard before that it agrees.
+            return self.ask_what_it_holds(now, number);
+        }
+        let known = self.state.chunk(chunk);
+        let is_member = known.is_some_and(|it| it.members.contains(&number));
+        let highest = known.map_or(COLLECTED, |it| it.version);
+        let is_elsewhere = !self.holders(chunk).is_empty();
+        if is_member && is_elsewhere {
             let lease = self.primaries.contains_key(&chunk);
             self.begin_round(now, chunk, lease, &[], &[number], effects);
+        } else if !is_member
+            && (known.is_none() || is_elsewhere)
+            && let Some(server) = self.alive.get_mut(&number)
+        {
+            server.doomed.insert(chunk, highest);
         }
+    }
+
+    /// Asks `number` with the next answer for all that it holds.
+    fn ask_what_it_holds(&mut self, now: Time, number: ServerNo) {
+        let server = self.alive.get_mut(&number);
+        server.into_iter().for_each(|server| server.inventory_at = now);
     }
 
     /// What the chunkserver at `address` calls itself, if it is alive.

@@ -5,20 +5,18 @@ use crate::gfs::messages::Data;
 use crate::gfs::{Serial, Version};
 use crate::store::disk::DiskStore;
 use crate::store::{Change, Durability};
-use crossbeam_channel::{Receiver, unbounded};
+use crossbeam_channel::{Receiver, Sender, unbounded};
 use std::time::Duration;
 use tempfile::TempDir;
 
 const CHUNK: ChunkId = ChunkId(1007);
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// By then files were synced, and what was kept for that was dropped.
-const FLUSHED: Duration = Duration::from_millis(2500);
-
-/// A store whose disk is full on demand.
+/// A store whose disk is full on demand, and which tells what it has removed.
 struct Limited {
     store: DiskStore,
     is_full: Arc<AtomicBool>,
+    removed: Sender<Change>,
 }
 
 impl Store for Limited {
@@ -31,7 +29,10 @@ impl Store for Limited {
         if puts && self.is_full.load(Ordering::Relaxed) {
             return Err(StoreError::Full { free: 0, needed: 1 });
         }
-        self.store.commit(batch)
+        self.store.commit(batch)?;
+        let removed = batch.iter().filter(|change| matches!(change, Change::Remove { .. }));
+        removed.cloned().for_each(|change| drop(self.removed.send(change)));
+        Ok(())
     }
 
     fn sync(&mut self) -> Result<(), StoreError> {
@@ -58,6 +59,7 @@ struct Trial {
     vault: Option<Vault>,
     found: Vec<Found>,
     done: Receiver<(JobId, Option<Trouble>)>,
+    removed: Receiver<Change>,
     jobs: u64,
     serial: Serial,
     /// What must be there.
@@ -67,13 +69,14 @@ struct Trial {
 impl Trial {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (_, done) = unbounded();
+        let ((_, done), (_, removed)) = (unbounded(), unbounded());
         let mut trial = Self {
             dir,
             is_full: Arc::default(),
             vault: None,
             found: Vec::new(),
             done,
+            removed,
             jobs: 0,
             serial: Serial(0),
             model: Vec::new(),
@@ -85,15 +88,17 @@ impl Trial {
     }
 
     fn open(&mut self) {
-        let (sender, done) = unbounded();
+        let ((sender, done), (remover, removed)) = (unbounded(), unbounded());
         let store = self.dir.path().join("store");
         let store = DiskStore::open(&store, Durability::Always).unwrap();
-        let store = Limited { store, is_full: Arc::clone(&self.is_full) };
+        let is_full = Arc::clone(&self.is_full);
+        let store = Limited { store, is_full, removed: remover };
         let (vault, opened) = Vault::open(self.dir.path(), store, "me", move |job, trouble| {
             let _ = sender.send((job, trouble));
         })
         .unwrap();
-        (self.vault, self.found, self.done) = (Some(vault), opened.found, done);
+        (self.vault, self.found) = (Some(vault), opened.found);
+        (self.done, self.removed) = (done, removed);
     }
 
     /// Ends it, and opens it again: files that were not synced yet are not.
@@ -130,6 +135,12 @@ impl Trial {
         let (serial, data) = (self.serial, Data::from(data));
         let mark = Some((7, serial.0));
         Op::Mutate { chunk: CHUNK, serial, offset: offset as u64, data, mark }
+    }
+
+    /// Until the files are synced, and what was kept of the last change for that is dropped.
+    fn wait_until_flushed(&self) {
+        let last = self.vault().shared.next_redo.load(Ordering::Relaxed) - 1;
+        while self.removed.recv_timeout(PATIENCE).unwrap() != records::remove_redo(last) {}
     }
 
     fn assert_as_written(&self) {
@@ -214,7 +225,7 @@ fn what_was_made_again_at_a_start_is_not_made_again_over_what_came_later() {
     trial.write(0, b"first");
     trial.reopen();
     trial.write(0, b"after");
-    std::thread::sleep(FLUSHED);
+    trial.wait_until_flushed();
     trial.reopen();
     trial.assert_as_written();
 }
@@ -229,7 +240,7 @@ fn what_was_made_again_at_a_start_does_not_come_to_a_chunk_of_the_same_number() 
     trial.run(Op::Make { chunk: CHUNK, version, serial, copy_of: None, marks, joining: false });
     (trial.model, trial.serial) = (Vec::new(), Serial(0));
     trial.write(0, &bytes(2, 1000));
-    std::thread::sleep(FLUSHED);
+    trial.wait_until_flushed();
     trial.reopen();
     trial.assert_as_written();
 }
