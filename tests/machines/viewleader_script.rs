@@ -3,7 +3,7 @@
 //! | command | meaning |
 //! |---|---|
 //! | `at 12s` | the clock shows this, until it is set again |
-//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [lineage=N_..] [formerly=ID_..] [chosen=EPOCH]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
+//! | `heartbeat ID [port=N] [host=IP] [lease=4s] [address=IP:PORT] [seen=N] [start=N] [lineage=N_..] [formerly=ID_..] [chosen=EPOCH] [full=true]` | ID is a number if it reads as one, else a text; a lease makes the dialect ours |
 //! | `query_servers`, `lock_get LOCK ID`, `lock_release LOCK ID` | the original's |
 //! | `lock_get LOCK ID [ttl=4s] [wait=1s] [shared=yes]`, `lock_keep LOCK ID [token=N]`, `lock_list` | ours |
 //! | `query_view [after=N] [wait=10s]` | ours; its answer is shown as `view REVISION`, or as it is with the tag `[json]` |
@@ -185,6 +185,9 @@ impl ViewleaderScript {
                 }
                 if let Some(formerly) = option(command, "formerly") {
                     request["formerly"] = formerly.split('_').map(identity).collect();
+                }
+                if let Some(full) = option(command, "full") {
+                    request["full"] = full.parse::<bool>()?.into();
                 }
                 if let Some(epoch) = number("chosen")? {
                     request["chosen_in"] = epoch.into();

@@ -415,8 +415,11 @@ impl Run {
     /// Whether every group keeps a healthy ready replica of its target, or one
     /// that held it last, without the disk of `victim`.
     fn can_spare(&self, victim: usize) -> bool {
-        // What lives may be about to lead what it held.
-        let is_alive = self.cluster.is_alive(victim);
+        // What lives may be about to lead what it held; and what has died may be in a slow log
+        // as who leads it.
+        let is_log_slow =
+            self.troubles.parties.keys().any(|party| matches!(party, Party::Viewleader(_)));
+        let may_lead = self.cluster.is_alive(victim) || is_log_slow;
         let (view, victim) = (self.cluster.view(), self.cluster.disk(victim));
         let has_wall = !self.troubles.walls.iter().all(|(.., is_of_clients)| *is_of_clients);
         let healthy = |id: &Identity| {
@@ -449,7 +452,7 @@ impl Run {
                 let is_held =
                     group.held_by.iter().any(|it| self.cluster.disk_of(&it.id) == Some(victim));
                 let is_elsewhere = group.held_by.iter().any(|holder| is_there(&holder.id));
-                is_elsewhere && !(is_alive && is_held)
+                is_elsewhere && !(may_lead && is_held)
             } else {
                 target.iter().any(|id| group.ready.contains(id) && healthy(id))
             }

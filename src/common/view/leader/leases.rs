@@ -138,12 +138,19 @@ impl<T> Leader<T> {
             Some(_) if moved => Change::Move { id, address },
             Some(member) if member.full != beat.full => Change::Full { id, full: beat.full },
             Some(_) => {
-                self.leases.insert(id, leased_until);
+                self.renew(id, leased_until);
                 let reply = self.beat_reply(Beat::Ok, &beat);
                 return effects.push(Effect::Reply { to, reply });
             }
         };
         self.propose(change, Asker::Heartbeat { to, beat, leased_until }, effects);
+    }
+
+    /// A lease never ends earlier than was said before: a heartbeat that changes something takes
+    /// its way through the log, and one that was sent later may have been answered meanwhile.
+    pub(super) fn renew(&mut self, id: Identity, until: Time) {
+        let end = self.leases.entry(id).or_insert(until);
+        *end = until.max(*end);
     }
 
     /// Whether `id` has been put out and is not the last holder of anything.

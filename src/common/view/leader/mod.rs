@@ -453,7 +453,7 @@ impl<T> Leader<T> {
                             self.beat_reply(Beat::Retry, &beat)
                         }
                         _ => {
-                            self.leases.insert(beat.requestor.clone(), leased_until);
+                            self.renew(beat.requestor.clone(), leased_until);
                             self.beat_reply(Beat::Ok, &beat)
                         }
                     };

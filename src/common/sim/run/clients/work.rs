@@ -412,8 +412,9 @@ impl Run {
         }
         // The commits of an original come to each replica, and nothing in them says whose
         // they are: one that comes under the vote of another client is a write of its own,
-        // and so is one that comes to a primary which knows nothing of the first ones.
-        let is_alone = !self.votes_of_others(client, task);
+        // and so is one that comes to a primary which knows nothing of the first ones, or after a
+        // denial that was meant for an earlier vote of the same client.
+        let is_alone = !self.other_votes(client, task);
         let is_of_one = is_alone && !task.was_silent && task.group == self.group_of(&task.job);
         let again = if is_of_one { 0 } else { task.commits.saturating_sub(1) };
         let write = Operation::new(client as u64, Text::clone(key), call.clone(), task.began);
@@ -432,8 +433,9 @@ impl Run {
         });
     }
 
-    /// Whether another client may have voted for the key of the task while that went on.
-    fn votes_of_others(&self, client: usize, task: &Task) -> bool {
+    /// Whether another client may have voted for the key of the task while that went on, or
+    /// something that was said for an earlier vote of this one was still on its way.
+    fn other_votes(&self, client: usize, task: &Task) -> bool {
         let Job::Ask { key, .. } = &task.job else { return false };
         let is_at_it = |state: &State| match state {
             State::Busy(other) => {
@@ -442,9 +444,9 @@ impl Run {
             }
             State::Idle { .. } => false,
         };
-        let others = self.clients.all.iter().enumerate().filter(|(other, _)| *other != client);
-        others.map(|(_, other)| other).any(|other| {
-            is_at_it(&other.state) || other.voted.get(key).is_some_and(|end| *end > task.began)
+        self.clients.all.iter().enumerate().any(|(other, it)| {
+            let votes = other != client && is_at_it(&it.state);
+            votes || it.voted.get(key).is_some_and(|end| *end > task.began)
         })
     }
 }
