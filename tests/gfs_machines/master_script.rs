@@ -130,13 +130,24 @@ impl StandIn {
     }
 }
 
+/// What is to be answered later, and those answers.
+struct Held {
+    what: fn(&ChunkRequest) -> bool,
+    answers: Vec<Input<u32>>,
+}
+
+impl Held {
+    fn new(what: fn(&ChunkRequest) -> bool) -> Option<Self> {
+        Some(Self { what, answers: Vec::new() })
+    }
+}
+
 pub(crate) struct MasterScript {
     now: Time,
     master: Leader<u32>,
     log: Disk,
     is_log_held: bool,
-    /// What is to be answered later, and those answers.
-    held: Option<(fn(&ChunkRequest) -> bool, Vec<Input<u32>>)>,
+    held: Option<Held>,
     requests: u32,
     servers: BTreeMap<char, StandIn>,
     answer: Option<BeatReply>,
@@ -287,15 +298,15 @@ impl Runner for MasterScript {
                 }
             }
             "hold_lead" => {
-                self.held = Some((|it| matches!(it, ChunkRequest::Lead { .. }), Vec::new()));
+                self.held = Held::new(|it| matches!(it, ChunkRequest::Lead { .. }));
                 String::new()
             }
             "hold_copies" => {
-                self.held = Some((|it| matches!(it, ChunkRequest::Replicate { .. }), Vec::new()));
+                self.held = Held::new(|it| matches!(it, ChunkRequest::Replicate { .. }));
                 String::new()
             }
             "release" => {
-                let (_, held) = self.held.take().ok_or("nothing is held")?;
+                let held = self.held.take().ok_or("nothing is held")?.answers;
                 held.into_iter().map(|answer| self.step(answer, None)).collect()
             }
             "raw" => {
@@ -479,7 +490,7 @@ impl MasterScript {
                     Effect::Call { to, call, request, .. } => {
                         let answer = self.call(to, call, &request, &mut lines);
                         match &mut self.held {
-                            Some((what, held)) if what(&request) => held.push(answer),
+                            Some(held) if (held.what)(&request) => held.answers.push(answer),
                             _ => inputs.push_back(answer),
                         }
                     }
