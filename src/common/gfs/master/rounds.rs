@@ -483,8 +483,8 @@ impl<T> Leader<T> {
     }
 
     /// Ends a round that came to nothing: everything is as it was before. Who is no member may
-    /// have promised, and serves nothing until the next round has it deleted: not yet, it may
-    /// be the last trace of the chunk.
+    /// have promised: it is fenced, and the next round stops it and has it deleted. Not yet: it
+    /// may be the last trace of the chunk.
     fn give_up(&mut self, chunk: ChunkId) {
         let Some(round) = self.rounds.remove(&chunk) else { return };
         let members = self.state.chunk(chunk).map_or(&[][..], |known| &known.members);
