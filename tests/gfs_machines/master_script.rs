@@ -3,7 +3,9 @@
 //! Chunkservers `a`, `b`, `c`, ... are stand-ins at 10.0.0.1, 10.0.0.2, ...: they
 //! do at once what they are told, unless they are `silent`.
 //!
-//! * `join a [rack=R] [used=N] [free=N]`: a new process links; `beat a`: a heartbeat
+//! * `join a [rack=R] [used=N] [free=N] [original=true]`: a new process links, of ours or of
+//!   the original; `beat a`: a heartbeat; `inventory a`: it says all that it holds, which is on
+//!   its way until `arrive`
 //! * `pass 5s`: time goes by, with a tick and all heartbeats twice a second; `at 5s`,
 //!   `tick`: without heartbeats
 //! * `silent a`, `loud a`: it answers no calls, and sends no heartbeats; `deaf a`: it
@@ -51,6 +53,7 @@ struct StandIn {
     is_mute: bool,
     is_stuck: bool,
     is_gone: bool,
+    is_original: bool,
     gone: Vec<ChunkId>,
     damaged: BTreeSet<ChunkId>,
     /// How many mutations a copy has that it has not made yet.
@@ -61,8 +64,12 @@ struct StandIn {
 
 impl StandIn {
     fn answer(&mut self, request: &ChunkRequest) -> Option<Result<ChunkReply, Refusal>> {
-        let is_stuck = self.is_stuck && matches!(request, ChunkRequest::Establish { .. });
-        if self.is_deaf || self.is_gone || is_stuck {
+        let is_fetching = matches!(request, ChunkRequest::Establish { .. });
+        let is_stuck = self.is_stuck && is_fetching;
+        // One of the original can be told neither to fetch nor to stop.
+        let is_unknown =
+            self.is_original && (is_fetching || matches!(request, ChunkRequest::Fence { .. }));
+        if self.is_deaf || self.is_gone || is_stuck || is_unknown {
             return None;
         }
         let answer = self.obey(request);
@@ -90,7 +97,10 @@ impl StandIn {
             }
             ChunkRequest::Replicate { chunk, version, .. } => {
                 self.damaged.remove(chunk);
-                self.copies.insert(*chunk, *version);
+                match self.is_original {
+                    true => drop(self.holds.insert(*chunk, (*version, Serial(0)))),
+                    false => drop(self.copies.insert(*chunk, *version)),
+                }
                 Ok(ChunkReply::Agreed { serial: Serial(0) })
             }
             ChunkRequest::Establish { chunk, serial, .. } => match self.holds.get_mut(chunk) {
@@ -121,7 +131,8 @@ impl StandIn {
             self.lease_until = now + Duration::from_millis(reply.lease_ms);
         }
         for (chunk, version) in &reply.delete {
-            if self.holds.get(chunk).is_some_and(|(held, _)| held <= version) {
+            // The original's know only the number of what they are to delete.
+            if self.holds.get(chunk).is_some_and(|(held, _)| self.is_original || held <= version) {
                 self.holds.remove(chunk);
             }
             self.damaged.remove(chunk);
@@ -148,6 +159,7 @@ pub(crate) struct MasterScript {
     log: Disk,
     is_log_held: bool,
     held: Option<Held>,
+    inventory: Option<(char, Heartbeat)>,
     requests: u32,
     servers: BTreeMap<char, StandIn>,
     answer: Option<BeatReply>,
@@ -164,6 +176,7 @@ impl Default for MasterScript {
             log: Disk::default(),
             is_log_held: false,
             held: None,
+            inventory: None,
             requests: 0,
             servers: BTreeMap::new(),
             answer: None,
@@ -211,6 +224,7 @@ impl Runner for MasterScript {
                 let it = self.servers.entry(server()?).or_default();
                 it.start += 1;
                 (it.is_gone, it.is_deaf, it.is_mute) = (false, false, false);
+                it.is_original = option(command, "original").is_some();
                 it.rack = option(command, "rack").unwrap_or(&it.rack).to_owned();
                 it.used = option(command, "used").map_or(Ok(it.used), str::parse)?;
                 it.free =
@@ -218,6 +232,15 @@ impl Runner for MasterScript {
                 self.beat(server()?, true)
             }
             "beat" => self.beat(server()?, false),
+            "inventory" => {
+                let beat = self.heartbeat(server()?, true).ok_or("nobody")?;
+                self.inventory = Some((server()?, beat));
+                String::new()
+            }
+            "arrive" => {
+                let (name, beat) = self.inventory.take().ok_or("none is on its way")?;
+                self.hear(name, beat)
+            }
             "silent" => {
                 self.servers.entry(server()?).or_default().is_gone = true;
                 String::new()
@@ -394,11 +417,11 @@ impl MasterScript {
         self.step(Input::Request { from, request }, Some(from))
     }
 
-    /// A heartbeat, and a second one with all that it holds if it is asked to.
-    fn beat(&mut self, name: char, links: bool) -> String {
-        let Some(it) = self.servers.get_mut(&name) else { return "nobody\n".into() };
-        let holds = links.then(|| it.holds.iter().map(|(id, (v, _))| (*id, *v)).collect());
-        let beat = Heartbeat {
+    /// What a chunkserver says of itself, and of all that it holds if it links.
+    fn heartbeat(&mut self, name: char, links: bool) -> Option<Heartbeat> {
+        let it = self.servers.get_mut(&name)?;
+        let says_all = links || it.is_original;
+        Some(Heartbeat {
             server: name.to_string().into(),
             start: it.start,
             address: Some(address(name)),
@@ -406,11 +429,24 @@ impl MasterScript {
             used: it.used,
             free: it.free,
             full: false,
-            holds,
+            holds: says_all.then(|| it.holds.iter().map(|(id, (v, _))| (*id, *v)).collect()),
             damaged: it.damaged.iter().filter(|_| links).copied().collect(),
             gone: std::mem::take(&mut it.gone),
-            original: false,
-        };
+            original: it.is_original,
+        })
+    }
+
+    /// A heartbeat, and a second one with all that it holds if it is asked to.
+    fn beat(&mut self, name: char, links: bool) -> String {
+        match self.heartbeat(name, links) {
+            Some(beat) => self.hear(name, beat),
+            None => "nobody\n".into(),
+        }
+    }
+
+    /// A heartbeat arrives, and its answer.
+    fn hear(&mut self, name: char, beat: Heartbeat) -> String {
+        let says_all = beat.holds.is_some();
         self.answer = None;
         let mut lines =
             self.step(Input::Request { from: 0, request: MasterRequest::Heartbeat(beat) }, None);
@@ -424,7 +460,7 @@ impl MasterScript {
             for (chunk, version) in &reply.delete {
                 let _ = writeln!(lines, "{name} deletes {chunk} up to {version}");
             }
-            if (reply.status == Beat::Link || reply.inventory) && !links {
+            if (reply.status == Beat::Link || reply.inventory) && !says_all {
                 lines += &self.beat(name, true);
             }
         }

@@ -249,6 +249,11 @@ impl State {
         self.servers.get(&number)
     }
 
+    /// The numbers of all chunkservers that ever came.
+    pub fn servers(&self) -> impl Iterator<Item = ServerNo> {
+        self.servers.keys().copied()
+    }
+
     /// The number of the chunkserver of this name.
     pub fn server_named(&self, name: &str) -> Option<ServerNo> {
         self.servers.iter().find(|(_, server)| &*server.name == name).map(|(number, _)| *number)

@@ -62,6 +62,11 @@ impl Repairs {
         self.copying.len()
     }
 
+    /// Whether `number` is making a copy of `chunk`.
+    pub(super) fn is_made_by(&self, number: ServerNo, chunk: ChunkId) -> bool {
+        self.copying.get(&chunk).is_some_and(|it| it.to == number)
+    }
+
     fn busy(&self, number: ServerNo) -> usize {
         self.copying.values().filter(|it| it.from == number || it.to == number).count()
     }

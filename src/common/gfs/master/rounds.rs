@@ -5,7 +5,8 @@
 //!    left out are told to stop serving. The round goes on when at least one has
 //!    agreed, nobody else is expected to, and every member that has not agreed has
 //!    stopped serving: it said so, or its lease is over, or it was only renewed by
-//!    answers that forbade it this chunk. Who is to join fetches what was written
+//!    answers that forbade it this chunk. Whom an earlier master may have asked to join
+//!    is heard, or that one's leases are over. Who is to join fetches what was written
 //!    since it made its copy: from now on it counts like any other.
 //! 2. *Logging.* The version and those who have agreed go into the log. From then
 //!    on only their copies count; all others are deleted.
@@ -84,7 +85,7 @@ pub(super) struct Round<T> {
     avoid: Option<ServerNo>,
     waiters: Vec<Waiter<T>>,
     asked: BTreeMap<ServerNo, Asked>,
-    /// Calls up to this one were an earlier round's.
+    /// Answers to calls up to this one come too late: they say nothing of now.
     before: CallId,
     /// Members, and others that may have promised, that have not agreed, and when each has
     /// stopped serving for certain: the answer of who is to join may be lost.
@@ -150,6 +151,11 @@ impl<T> Leader<T> {
         behind: &[(ServerNo, ServerNo, Serial)],
         effects: &mut Vec<Effect<T>>,
     ) {
+        // Nobody is waited for any more: who was told to stop before, and says so only now, may
+        // have agreed since.
+        if let Some(round) = self.rounds.get_mut(&chunk) {
+            round.before = self.last_call;
+        }
         for &(number, best, serial) in behind {
             let addresses = self.address_of(number).zip(self.address_of(best));
             let Some(round) = self.rounds.get_mut(&chunk) else { return };
@@ -444,9 +450,12 @@ impl<T> Leader<T> {
             // What it is a copy of is made equal first.
             return;
         }
+        let is_unsettled = self.is_unsettled(now);
         let Some(round) = self.rounds.get_mut(&chunk) else { return };
-        if !is_waited_for && !is_served_elsewhere && !members.is_empty() && now >= round.rests_until
-        {
+        // Whoever was to join in a round of an earlier master may have promised this very version.
+        let may_have_joined = round.made.is_none() && is_unsettled;
+        let is_certain = !is_waited_for && !is_served_elsewhere && !may_have_joined;
+        if is_certain && !members.is_empty() && now >= round.rests_until {
             let behind = round.behind(!round.lease);
             if !behind.is_empty() {
                 return self.bring_up(chunk, &behind, effects);

@@ -267,6 +267,9 @@ impl<T> Leader<T> {
             .any(|(other, server)| *other != number && server.holds.contains_key(&chunk));
         let round = self.rounds.get(&chunk).filter(|it| it.is_open());
         let round = round.map(|it| (it.version, it.concerns(number)));
+        let is_being_made = self.repairs.is_made_by(number, chunk);
+        let is_fresh =
+            |since: Option<&Time>| since.is_some_and(|it| now.since(*it) <= INVENTORY_GRACE);
         let Some(server) = self.alive.get_mut(&number) else { return false };
         match round {
             Some((next, _)) if counts => {
@@ -284,10 +287,12 @@ impl<T> Leader<T> {
                 server.holds.entry(chunk).or_insert(now);
                 false
             }
+            // It has agreed to the version of now after this inventory was written.
+            None if is_fresh(server.holds.get(&chunk)) => false,
             _ => {
                 // A promise that comes late may still lift it to the version of now.
                 let highest = known.map_or(COLLECTED, |it| version.max(it.version));
-                if known.is_none() || others {
+                if known.is_none() || (others && !is_being_made) {
                     server.doomed.insert(chunk, highest);
                 } else {
                     // What may be the last trace of a chunk is not destroyed, nor read.
@@ -338,6 +343,14 @@ impl<T> Leader<T> {
             None if self.departed.contains_key(&number) => now,
             None => self.settles.max(now),
         }
+    }
+
+    /// Whether a chunkserver that has not been heard yet may still serve under a lease that an
+    /// earlier master gave: what that one had it promise is not in the log.
+    pub(super) fn is_unsettled(&self, now: Time) -> bool {
+        let is_heard =
+            |it: &ServerNo| self.alive.contains_key(it) || self.departed.contains_key(it);
+        now < self.settles && !self.state.servers().all(|number| is_heard(&number))
     }
 
     /// A copy is damaged: it counts no more, a round leaves it out, and then it is deleted. That
