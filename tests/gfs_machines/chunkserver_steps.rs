@@ -152,6 +152,38 @@ fn whose_lease_was_over_leads_nothing_when_it_gets_another_one() {
     assert!(is_refused(&write(&mut server, 6)), "the master may have given it up meanwhile");
 }
 
+#[test]
+fn who_says_all_that_it_holds_says_whether_it_leads_and_leads_nothing_once_it_was_told_to_link() {
+    let said = |effects: &[Effect<u32>]| {
+        effects.iter().find_map(|effect| match effect {
+            Effect::Beat { call, beat } => Some((*call, beat.holds.is_some(), beat.leads)),
+            _ => None,
+        })
+    };
+    let mut server = server();
+    let call = beat(&mut server, 1);
+    beaten(&mut server, 1, call, None);
+    lead(&mut server, 1, 1);
+    let (call, ..) = said(&step(&mut server, 2, Input::Tick)).expect("a heartbeat was due");
+    let reply = |status, inventory| BeatReply {
+        status,
+        lease_ms: 4000,
+        fences: Vec::new(),
+        delete: Vec::new(),
+        inventory,
+    };
+    let answer = Some(Ok(reply(Beat::Ok, true)));
+    step(&mut server, 2, Input::Beaten { call, answer });
+    // The next master may be the one that hears this.
+    let (call, says_all, leads) = said(&step(&mut server, 3, Input::Tick)).expect("a heartbeat");
+    assert!(says_all && leads);
+    let answer = Some(Ok(reply(Beat::Link, true)));
+    let effects = step(&mut server, 3, Input::Beaten { call, answer });
+    let (_, says_all, leads) = said(&effects).expect("it links at once");
+    assert!(says_all && !leads);
+    assert!(is_refused(&write(&mut server, 3)));
+}
+
 /// The only call to another chunkserver.
 fn called(effects: &[Effect<u32>]) -> CallId {
     let call = effects.iter().find_map(|effect| match effect {

@@ -54,6 +54,7 @@ struct StandIn {
     is_stuck: bool,
     is_gone: bool,
     is_original: bool,
+    is_primary: bool,
     gone: Vec<ChunkId>,
     damaged: BTreeSet<ChunkId>,
     /// How many mutations a copy has that it has not made yet.
@@ -110,6 +111,10 @@ impl StandIn {
                 }
                 _ => Err(Refusal::unavailable("I have no such copy, or more")),
             },
+            ChunkRequest::Lead { .. } => {
+                self.is_primary = true;
+                Ok(ChunkReply::Done(Status::Ok))
+            }
             ChunkRequest::Fence { chunk, below } => {
                 self.fences.insert(*chunk, *below);
                 Ok(ChunkReply::Done(Status::Ok))
@@ -126,9 +131,12 @@ impl StandIn {
     }
 
     fn take(&mut self, now: Time, reply: &BeatReply) {
-        if reply.status == Beat::Ok {
-            self.fences = reply.fences.iter().copied().collect();
-            self.lease_until = now + Duration::from_millis(reply.lease_ms);
+        match reply.status {
+            Beat::Ok => {
+                self.fences = reply.fences.iter().copied().collect();
+                self.lease_until = now + Duration::from_millis(reply.lease_ms);
+            }
+            Beat::Link => self.is_primary = false,
         }
         for (chunk, version) in &reply.delete {
             // The original's know only the number of what they are to delete.
@@ -223,6 +231,7 @@ impl Runner for MasterScript {
             "join" => {
                 let it = self.servers.entry(server()?).or_default();
                 it.start += 1;
+                it.is_primary = false;
                 (it.is_gone, it.is_deaf, it.is_mute) = (false, false, false);
                 it.is_original = option(command, "original").is_some();
                 it.rack = option(command, "rack").unwrap_or(&it.rack).to_owned();
@@ -430,6 +439,7 @@ impl MasterScript {
             free: it.free,
             full: false,
             holds: says_all.then(|| it.holds.iter().map(|(id, (v, _))| (*id, *v)).collect()),
+            leads: says_all && it.is_primary,
             damaged: it.damaged.iter().filter(|_| links).copied().collect(),
             gone: std::mem::take(&mut it.gone),
             original: it.is_original,
@@ -460,7 +470,10 @@ impl MasterScript {
             for (chunk, version) in &reply.delete {
                 let _ = writeln!(lines, "{name} deletes {chunk} up to {version}");
             }
-            if (reply.status == Beat::Link || reply.inventory) && !says_all {
+            if reply.status == Beat::Link && says_all {
+                let _ = writeln!(lines, "{name} is to lead nothing any more");
+            }
+            if reply.status == Beat::Link || (reply.inventory && !says_all) {
                 lines += &self.beat(name, true);
             }
         }

@@ -289,6 +289,10 @@ pub struct Heartbeat {
     /// All copies that it holds and may serve: given when it was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holds: Option<Vec<(ChunkId, Version)>>,
+    /// Whether it is primary of any chunk, said together with what it holds: a master that has
+    /// not made it so tells it first to lead nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leads: bool,
     /// Copies that are damaged, said together with what it holds.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub damaged: Vec<ChunkId>,

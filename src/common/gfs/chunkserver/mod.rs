@@ -676,6 +676,7 @@ impl<T> ChunkServer<T> {
             free,
             full,
             holds: self.says_all.then(|| served.map(|(id, copy)| (*id, copy.version)).collect()),
+            leads: self.says_all && !self.leads.is_empty(),
             damaged: damaged.map(|(id, _)| *id).collect(),
             gone: self.gone.iter().copied().collect(),
             original: false,

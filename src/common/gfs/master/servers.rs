@@ -1,7 +1,7 @@
 //! Chunkservers: heartbeats, leases, and what each of them holds.
 //!
 //! A chunkserver that is not known, or whose lease has run out, has to *link*: it
-//! stops leading, and says all that it holds. From then on the master knows better
+//! stops leading, and says all that it holds, which counts only if it leads nothing. From then on the master knows better
 //! than the chunkserver what its copies are worth, and tells it with every
 //! answer: *fences*, what it may not serve while a round is under way that it has
 //! not agreed to; and what to *delete*. An answer that names them renews the lease,
@@ -139,7 +139,10 @@ impl<T> Leader<T> {
         let number = self.state.server_named(&beat.server);
         let same = |server: &Alive| server.start == beat.start && server.address == address;
         let known = number.and_then(|number| self.alive.get_mut(&number)).filter(|it| same(it));
-        match (known, &beat.holds) {
+        // What it holds may have been meant for a master before this one, which made it primary of
+        // chunks that this one takes for led by nobody.
+        let holds = beat.holds.as_ref().filter(|_| known.is_some() || !beat.leads);
+        match (known, holds) {
             (Some(server), None) => {
                 server.take(now, &beat);
                 let answer = server.answer(now, self.settings.deleted_at_once);
