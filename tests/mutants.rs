@@ -27,10 +27,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How many seeds a mutant is given.
-const SEEDS: u64 = 10_000;
+const SEEDS: u64 = 50_000;
 
 /// How many seconds it is given, beside one seed.
-const SECONDS: u64 = 600;
+const SECONDS: u64 = 1_200;
 
 /// How long one seed may hang.
 const HANG: Duration = Duration::from_secs(60);
