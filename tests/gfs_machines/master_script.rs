@@ -5,7 +5,7 @@
 //!
 //! * `join a [rack=R] [used=N] [free=N] [original=true]`: a new process links, of ours or of
 //!   the original; `beat a`: a heartbeat; `inventory a`: it says all that it holds, which is on
-//!   its way until `arrive`
+//!   its way until `arrive [answer=lost]`
 //! * `pass 5s`: time goes by, with a tick and all heartbeats twice a second; `at 5s`,
 //!   `tick`: without heartbeats
 //! * `silent a`, `loud a`: it answers no calls, and sends no heartbeats; `deaf a`: it
@@ -248,7 +248,13 @@ impl Runner for MasterScript {
             }
             "arrive" => {
                 let (name, beat) = self.inventory.take().ok_or("none is on its way")?;
-                self.hear(name, beat)
+                match option(command, "answer") {
+                    None => self.hear(name, beat),
+                    Some(_) => {
+                        let request = MasterRequest::Heartbeat(beat);
+                        self.step(Input::Request { from: 0, request }, None)
+                    }
+                }
             }
             "silent" => {
                 self.servers.entry(server()?).or_default().is_gone = true;

@@ -49,8 +49,9 @@
 //!    remember one client more is closed, and the append goes to the next.
 //! 6. **The metadata survives a kill at any instant.** Whatever the master must
 //!    not forget is a change in a log, on its disk before anybody sees it.
-//!    Leases are not: a master that has just started confirms no version before
-//!    every lease that the one before could have given is over.
+//!    Leases are not: a master that has just started confirms no version of a chunk
+//!    before every lease that the one before could have given for it is over, or its
+//!    chunkserver has promised, or was told, to serve older ones no more.
 //! 7. **A damaged block is never returned.** Every read and every change of a part
 //!    of a block checks its checksum, and a scrub reads everything in its turn. A
 //!    copy with a damaged block serves nothing more; it is reported, left out by a

@@ -6,7 +6,7 @@
 //!    agreed, nobody else is expected to, and every member that has not agreed has
 //!    stopped serving: it said so, or its lease is over, or it was only renewed by
 //!    answers that forbade it this chunk. Whom an earlier master may have asked to join
-//!    is heard, or that one's leases are over. Who is to join fetches what was written
+//!    has said what it holds and is told to stop, too, or that one's leases are over. Who is to join fetches what was written
 //!    since it made its copy: from now on it counts like any other.
 //! 2. *Logging.* The version and those who have agreed go into the log. From then
 //!    on only their copies count; all others are deleted.
@@ -112,6 +112,11 @@ impl<T> Round<T> {
     /// Whether `number` may become a member by it.
     pub(super) fn concerns(&self, number: ServerNo) -> bool {
         self.asked.contains_key(&number) || self.joining.contains(&number)
+    }
+
+    /// `number` holds a copy that is none of a member's, and may serve it until `stop`.
+    pub(super) fn waits_for(&mut self, number: ServerNo, stop: Time) {
+        self.stops.entry(number).or_insert(stop);
     }
 
     /// Who can be a member of the new version; nobody while all that have agreed
@@ -381,7 +386,7 @@ impl<T> Leader<T> {
         let Some(round) = self.rounds.get_mut(&chunk) else { return };
         if round.stage != Stage::Asking || call <= round.before {
             // Too late to be a member: what it holds will be deleted. Or it has stopped serving
-            // for a round that came to nothing, and may have begun again since.
+            // for a round that came to nothing, or before it agreed, and may have begun again.
             return;
         }
         let asked = round.asked.get(&number).copied();

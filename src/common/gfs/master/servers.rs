@@ -292,14 +292,24 @@ impl<T> Leader<T> {
             }
             // It has agreed to the version of now after this inventory was written.
             None if is_fresh(server.holds.get(&chunk)) => false,
+            // It tells of what it is just making, serves without leases, and can't be fenced.
+            _ if is_being_made && server.original => false,
             _ => {
                 // A promise that comes late may still lift it to the version of now.
                 let highest = known.map_or(COLLECTED, |it| version.max(it.version));
-                if known.is_none() || (others && !is_being_made) {
+                // What may be the last trace of a chunk is not destroyed, nor read.
+                let is_doomed = known.is_none() || others;
+                if is_doomed {
                     server.doomed.insert(chunk, highest);
-                } else {
-                    // What may be the last trace of a chunk is not destroyed, nor read.
+                }
+                // Until it has heard that, it may serve under the lease of an earlier master.
+                let is_settling = now < self.settles && known.is_some();
+                if is_settling || !is_doomed {
                     server.fences.insert(chunk, highest.next());
+                }
+                let open = self.rounds.get_mut(&chunk).filter(|it| it.is_open());
+                if let Some(round) = open.filter(|_| is_settling) {
+                    round.waits_for(number, self.settles);
                 }
                 server.holds.remove(&chunk);
                 false
