@@ -119,6 +119,14 @@ impl<T> Round<T> {
         self.stops.entry(number).or_insert(stop);
     }
 
+    /// `number` has a damaged copy: it can't be a member, whether it has agreed or not, unless the
+    /// log is about to say so. It serves nothing of it.
+    pub(super) fn leave_out(&mut self, number: ServerNo) {
+        if self.stage == Stage::Asking {
+            self.asked.insert(number, Asked::Refused);
+        }
+    }
+
     /// Who can be a member of the new version; nobody while all that have agreed
     /// are still to join: they may not have all that was acknowledged.
     fn agreed(&self) -> Vec<ServerNo> {

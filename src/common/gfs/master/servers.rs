@@ -387,10 +387,12 @@ impl<T> Leader<T> {
             effects.push(Effect::Note(note));
             self.repairs.look_again();
         }
-        let round = self.rounds.get(&chunk);
-        if round.is_some_and(|round| round.is_open() && round.concerns(number)) {
+        let round = self.rounds.get_mut(&chunk);
+        if let Some(round) = round.filter(|it| it.is_open() && it.concerns(number)) {
             // It decides about this one, too, and may have heard before that it agrees.
-            return self.ask_what_it_holds(now, number);
+            round.leave_out(number);
+            self.ask_what_it_holds(now, number);
+            return self.advance(now, chunk, effects);
         }
         let known = self.state.chunk(chunk);
         let is_member = known.is_some_and(|it| it.members.contains(&number));
