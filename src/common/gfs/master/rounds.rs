@@ -6,8 +6,9 @@
 //!    agreed, nobody else is expected to, and every member that has not agreed has
 //!    stopped serving: it said so, or its lease is over, or it was only renewed by
 //!    answers that forbade it this chunk. Whom an earlier master may have asked to join
-//!    has said what it holds and is told to stop, too, or that one's leases are over. Who is to join fetches what was written
-//!    since it made its copy: from now on it counts like any other.
+//!    has said what it holds and is told to stop, too, or that one's leases are over.
+//!    Who is to join fetches what was written since it made its copy: from now on it
+//!    counts like any other.
 //! 2. *Logging.* The version and those who have agreed go into the log. From then
 //!    on only their copies count; all others are deleted.
 //!    If nobody is to be primary, all who have agreed fetch first what some of them

@@ -1,11 +1,12 @@
 //! Chunkservers: heartbeats, leases, and what each of them holds.
 //!
 //! A chunkserver that is not known, or whose lease has run out, has to *link*: it
-//! stops leading, and says all that it holds, which counts only if it leads nothing. From then on the master knows better
-//! than the chunkserver what its copies are worth, and tells it with every
-//! answer: *fences*, what it may not serve while a round is under way that it has
-//! not agreed to; and what to *delete*. An answer that names them renews the lease,
-//! so nobody serves what it was not allowed to serve when its lease began.
+//! stops leading, and says all that it holds, which counts only if it leads nothing.
+//! From then on the master knows better than the chunkserver what its copies are
+//! worth, and tells it with every answer: *fences*, what it may not serve while a round
+//! is under way that it has not agreed to; and what to *delete*. An answer that names
+//! them renews the lease, so nobody serves what it was not allowed to serve when its
+//! lease began.
 //!
 //! A chunkserver of the original says with each sign of life what it holds, and takes
 //! orders to delete. It knows of no leases and no fences.
